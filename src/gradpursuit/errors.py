@@ -1,0 +1,64 @@
+"""The error hierarchy: every failure a user can cause or meet is a :class:`GradPursuitError`.
+
+A message gives the offending value, the cause and the way to mend it. The command line prints it alone,
+without a traceback, and exits with :attr:`GradPursuitError.exit_code`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GradPursuitError(Exception):
+    """Root of the hierarchy; `str(error)` is the whole message for the user."""
+
+    exit_code = 2
+
+
+class ConfigError(GradPursuitError):
+    """A key, a value or a combination of values in the configuration is not usable."""
+
+
+class DataError(GradPursuitError):
+    """A pool or target file cannot be read as training examples."""
+
+
+class ModelError(GradPursuitError):
+    """The model or tokenizer cannot be loaded or cannot be used for gradients."""
+
+
+class TrajectoryError(GradPursuitError):
+    """A checkpoint, its adapter or its optimizer state is missing, broken or does not fit."""
+
+
+class GradientError(GradPursuitError):
+    """A per-example gradient is zero, not finite or cannot be formed."""
+
+
+class StoreError(GradPursuitError):
+    """A gradient store is incomplete, corrupt or was made with other settings."""
+
+
+class PursuitError(GradPursuitError, ValueError):
+    """The numbers given to a solver do not form a solvable problem."""
+
+
+class SelectionError(GradPursuitError):
+    """A strategy or a budget cannot be applied to this pool."""
+
+
+class RunError(GradPursuitError):
+    """A run folder does not hold what the next stage needs."""
+
+
+class DownloadError(GradPursuitError):
+    """A file could not be fetched, or what was fetched is not what was expected."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the nearest of the `known` names and the whole list."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean '{close[0]}'? " if close else ""
+    return f"{hint}known: {', '.join(names)}"
