@@ -1,0 +1,230 @@
+"""The configuration of a run: frozen sections with documented fields, read from YAML, overridden by flags.
+
+YAML and command line build the same objects; an unknown key or a wrong value is refused with the place,
+the cause and the nearest right name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from gradpursuit.errors import ConfigError, nearest
+
+PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoraSection(Section):
+    """The adapter that is trained and whose gradients are followed."""
+
+    r: int = Field(8, ge=1, description="rank of the adapter")
+    alpha: int = Field(16, ge=1, description="LoRA alpha; the adapter's output is scaled by alpha / r")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="'all-linear', a regular expression, or a list of module names"
+    )
+
+
+class ModelSection(Section):
+    """Which causal language model, and how it is computed."""
+
+    path: str = Field(description="folder, hub id, or a GGUF file of a causal language model")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    device: str = Field("auto", description="'auto' (CUDA when there is one), 'cpu', 'cuda', 'cuda:1' ...")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="arithmetic of forward and backward; weights and gradients stay float32. "
+        "'auto': bfloat16 autocast where the processor has instructions for it",
+    )
+    lora: LoraSection = LoraSection()
+
+
+class DataSection(Section):
+    """The examples to choose from and the examples of the task that matters."""
+
+    pool: list[str] = Field(description="JSONL file or files of the pool")
+    target: list[str] = Field(description="JSONL file or files of the target: a few dozen examples")
+    heldout: list[str] = Field(
+        default_factory=list, description="target examples for scoring only; empty: split off from the target"
+    )
+    max_tokens: int = Field(1024, ge=8, description="longer rows are dropped, never cut")
+    max_dropped: float = Field(
+        0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
+    )
+
+    @field_validator("pool", "target", "heldout", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class WarmupSection(Section):
+    """The short training run that is followed."""
+
+    fraction: Fraction = Field(0.1, description="share of the pool to train on, drawn with the seed")
+    epochs: int = Field(3, ge=1, description="passes over that share")
+    checkpoints: int = Field(3, ge=1, description="T: checkpoints kept, evenly spaced over the steps")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
+    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+
+
+class GradientsSection(Section):
+    """Features of pool and target at every checkpoint."""
+
+    preconditioner: PreconditionerName = Field(
+        "adam-symmetric", description="what turns a gradient into the direction the optimizer would move"
+    )
+    dim: int = Field(4096, ge=16, description="d: size of the sketched feature")
+    nonzeros: int = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
+    tokens_per_batch: int = Field(2048, ge=16, description="padded tokens in one backward pass")
+    store_dtype: Literal["float32", "float16"] = Field("float32", description="element type on disk")
+    shard_rows: int = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
+
+
+class PursuitSection(Section):
+    """The joint selection."""
+
+    alpha: float = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
+    normalize: Literal["unit", "none"] = Field("unit", description="norm of each row at each checkpoint")
+    balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    max_iter: int = Field(50, ge=1, description="pursuit iterations per layer")
+    tol: float = Field(1e-6, ge=0, description="smallest relative improvement of the objective to go on")
+    saturation: Literal["layers", "stop"] = Field(
+        "layers", description="what to do when fewer than k examples fit: pursue again without them, or stop"
+    )
+    max_coherence: float | None = Field(
+        0.999, gt=0, le=1, description="examples whose features have at least this cosine are copies"
+    )
+
+
+class SelectionSection(Section):
+    """Which strategies choose, and how many examples."""
+
+    strategies: list[str] = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
+    k: int | None = Field(None, ge=1, description="examples to choose; or give a fraction")
+    fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> SelectionSection:
+        if self.k is not None and self.fraction is not None:
+            raise ValueError("k and fraction are both given: give one of them")
+        if len(set(self.strategies)) != len(self.strategies):
+            raise ValueError("a strategy is listed twice")
+        return self
+
+
+class EvaluationSection(Section):
+    """Fine-tuning on every subset and scoring on held-out target examples."""
+
+    seeds: int = Field(2, ge=1, description="fine-tuning runs per strategy")
+    epochs: int = Field(3, ge=1, description="passes over the k examples; the same steps for every strategy")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
+    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+    use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
+    holdout: float = Field(
+        0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty"
+    )
+
+
+class RunConfig(Section):
+    """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
+
+    run_dir: str | None = Field(None, description="the run folder; default runs/<name of the config file>")
+    seed: int = Field(0, ge=0, description="the one seed; every use derives its own from it")
+    model: ModelSection
+    data: DataSection
+    warmup: WarmupSection = WarmupSection()
+    gradients: GradientsSection = GradientsSection()
+    pursuit: PursuitSection = PursuitSection()
+    selection: SelectionSection = SelectionSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    def dump(self) -> str:
+        """The resolved configuration as YAML, which :func:`load_config` reads back to an equal object."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read `path` (YAML), apply `section.key=value` overrides, and validate.
+
+    Relative paths in the file are taken relative to the working directory, as on the command line.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, a key is unknown, or a value is not usable.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree, str(path))
+
+
+def build_config(tree: Mapping[str, Any], where: str) -> RunConfig:
+    """Validate a nested mapping; `where` names its origin in messages.
+
+    Raises:
+        ConfigError: with one line per wrong key or value.
+    """
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in `tree`; the value is read as YAML, so 5, true and [a, b] mean what they say."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE")
+    *sections, name = key.split(".")
+    for section in sections:
+        if tree.get(section) is None:
+            tree[section] = {}
+        tree = tree[section]
+        if not isinstance(tree, dict):
+            raise ConfigError(f"flag '--{key}': '{section}' is a value, not a section")
+    try:
+        tree[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        tree[name] = text
+
+
+def _explain(item: dict[str, Any]) -> str:
+    """One line for one pydantic error: key, value, cause and fix."""
+    keys = [str(part) for part in item["loc"]]
+    key = ".".join(keys)
+    if item["type"] == "extra_forbidden":
+        section = _section_at(keys[:-1])
+        place = f" in section '{'.join(keys[:-1])}'" if keys[:-1] else ""
+        return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
+    if item["type"] == "missing":
+        return f"'{key}' is missing and has no default"
+    return f"'{key}' = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+
+
+def _section_at(keys: Sequence[str]) -> type[BaseModel]:
+    section: type[BaseModel] = RunConfig
+    for key in keys:
+        inner = section.model_fields[key].annotation
+        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        section = inner
+    return section

@@ -1,0 +1,103 @@
+"""Files that are either whole or not there: written to `*.part`, flushed, renamed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from gradpursuit.errors import GradPursuitError, RunError
+
+
+@contextmanager
+def write_atomic(path: Path) -> Iterator[IO[bytes]]:
+    """Open `path` for writing bytes; it appears under its name only when the block ends without an error.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    with write_atomic(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON atomically; NaN and infinity are refused."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        RunError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path}: not there") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; delete it and run the stage again") from None
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 (hex) of a file's bytes.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return digest.hexdigest()
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse to begin work that the disk under `folder` cannot hold.
+
+    Raises:
+        RunError: fewer than `needed` bytes (and a reserve of 64 MiB) are free.
+    """
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed + (64 << 20):
+        raise RunError(
+            f"{what} needs {needed / 2**20:,.0f} MiB under {folder}, where {free / 2**20:,.0f} MiB are free "
+            "(64 MiB are kept in reserve); free some space or choose another folder"
+        )
+
+
+def disk_error(error: OSError, path: Path) -> GradPursuitError:
+    """The message for a failed write to `path`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return RunError(f"{path}: no space left on the disk; free some and run again: finished work is kept")
+    return RunError(f"{path}: cannot be written: {error.strerror or error}")
