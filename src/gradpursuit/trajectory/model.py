@@ -1,0 +1,204 @@
+"""Loading a causal language model, and putting a fresh LoRA adapter on it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from gradpursuit.config import LoraSection, ModelSection
+from gradpursuit.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger("gradpursuit")
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how forward and backward passes are computed; `autocast` is None for plain float32."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+
+    @classmethod
+    def of(cls, config: ModelSection) -> Compute:
+        """Resolve `model.device` and `model.precision` on this machine.
+
+        Raises:
+            ConfigError: the device does not exist here.
+        """
+        name = config.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"model.device '{config.device}' cannot be used here: {reason}") from None
+        if config.precision == "float32":
+            return cls(device, None)
+        if config.precision == "bfloat16" or _fast_bfloat16(device):
+            return cls(device, torch.bfloat16)
+        return cls(device, None)
+
+    def __str__(self) -> str:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return f"{name}, {'bfloat16 autocast' if self.autocast else 'float32'}"
+
+
+def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to `model.path`.
+
+    Raises:
+        ModelError: it is not there or cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    name, options = _source(config)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # transformers and its back ends raise many kinds for one broken folder
+        raise ModelError(f"model.path '{config.path}': no usable tokenizer: {_first_line(error)}") from error
+    return tokenizer
+
+
+def load_model(config: ModelSection) -> PreTrainedModel:
+    """The base model, float32, on the CPU, frozen and in evaluation mode.
+
+    A GGUF file is dequantized into a plain float32 model of the same architecture.
+
+    Raises:
+        ModelError: it is not there, is not a causal language model, or has no linear layers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    name, options = _source(config)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+    except Exception as error:  # as above
+        raise ModelError(f"model.path '{config.path}': cannot be loaded: {_first_line(error)}") from error
+    if "gguf_file" in options:
+        model = _plain_copy(model)
+    model.requires_grad_(False)
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
+    """A fresh adapter on `model` (which is changed in place), initialised from `seed`, without dropout.
+
+    Raises:
+        ModelError: the model has no layers that `model.lora.target_modules` matches.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=config.target_modules,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    try:
+        adapted = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(
+            f"no adapter can be put on {type(model).__name__} with model.lora.target_modules="
+            f"{config.target_modules!r}: {_first_line(error)}; linear layers found: {_linear_names(model)}"
+        ) from None
+    if not any(parameter.requires_grad for parameter in adapted.parameters()):
+        raise ModelError(f"{type(model).__name__} has no linear layers to put a LoRA adapter on")
+    return adapted
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trainable parameters by the names that adapter files use (without the adapter's own name)."""
+    return {
+        name.replace(".default.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def model_identity(config: ModelSection) -> dict[str, Any]:
+    """What tells one model from another, for fingerprints: small files whole, weights by size, head and tail."""
+    path = Path(config.path)
+    if not path.exists():
+        return {"hub": config.path, "revision": config.revision}
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {file.name: _sampled_hash(file) for file in files if not file.name.startswith(".")}
+
+
+def _sampled_hash(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_SAMPLE))
+        file.seek(max(0, size - _SAMPLE))
+        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:
+    """Name and keyword arguments for `from_pretrained`."""
+    path = Path(config.path)
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model.path '{config.path}': no such GGUF file")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model.path '{config.path}': the folder holds no config.json")
+        return config.path, {"local_files_only": True}
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    if looks_local or not config.path:
+        raise ModelError(f"model.path '{config.path}': no such folder; give a folder, a GGUF file or a hub id")
+    return config.path, {"revision": config.revision} if config.revision else {}
+
+
+def _plain_copy(loaded: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not remember having been quantized (it refuses to be saved)."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(loaded.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    return plain  # type: ignore[no-any-return]
+
+
+def _fast_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return False
+
+
+def _linear_names(model: nn.Module) -> str:
+    names = {
+        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    return ", ".join(sorted(names)) or "none"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return json.dumps(lines[0][:300])[1:-1] if lines else type(error).__name__

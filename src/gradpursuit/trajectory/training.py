@@ -1,0 +1,142 @@
+"""Fine-tuning an adapter with `transformers.Trainer`, for the warm-up and for evaluation alike."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from gradpursuit.data import Row
+from gradpursuit.progress import Progress
+from gradpursuit.trajectory.loss import SupervisedLoss, collate
+from gradpursuit.trajectory.model import Compute
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger("gradpursuit")
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """How to train: AdamW (no weight decay), linear decay after 3 % warm-up, `steps` batches of `batch_size`."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    what: str
+
+    @classmethod
+    def for_epochs(cls, rows: int, epochs: int, batch_size: int, learning_rate: float, seed: int, what: str) -> TrainSpec:
+        """The spec whose steps make `epochs` passes over `rows` examples."""
+        return cls(epochs * math.ceil(rows / batch_size), batch_size, learning_rate, seed, what)
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """What the collator reads of a row, and the weight of its loss."""
+
+    input_ids: list[int]
+    labels: list[int]
+    weight: float
+
+
+class SupervisedTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer whose loss is the weighted mean of the per-example mean losses of a batch."""
+
+    def __init__(self, compute: Compute, **options: Any) -> None:
+        super().__init__(**options)
+        self._loss = SupervisedLoss(self.model, compute)
+        self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
+
+    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+        """Mean over the batch of weight × mean negative log-likelihood of the supervised tokens."""
+        nll, _tokens = self._loss(inputs)
+        loss = (inputs["weight"].to(nll.device) * nll).mean()
+        return (loss, {}) if return_outputs else loss
+
+
+def train(
+    model: PeftModel,
+    rows: Sequence[Row],
+    spec: TrainSpec,
+    compute: Compute,
+    *,
+    weights: Sequence[float] | None = None,
+    on_step: Callable[[int, torch.optim.Optimizer, float], None] | None = None,
+) -> float:
+    """Train the adapter of `model` in place and return the mean training loss.
+
+    Args:
+        model: with a trainable adapter.
+        rows: training examples; every epoch shuffles them anew from the seed.
+        spec: steps, batch size, learning rate, seed.
+        compute: device and precision.
+        weights: one factor per row for its loss; None means 1.
+        on_step: called after every optimizer step with the step (from 1), the optimizer and the learning rate used.
+    """
+    weights = [1.0] * len(rows) if weights is None else weights
+    data = [TrainingRow(r.input_ids, r.labels, float(w)) for r, w in zip(rows, weights, strict=True)]
+    pad = int(model.config.pad_token_id or 0)
+
+    def collator(batch: list[TrainingRow]) -> dict[str, Tensor]:
+        return {**collate(batch, pad), "weight": torch.tensor([row.weight for row in batch])}
+
+    with tempfile.TemporaryDirectory() as scratch, Progress(spec.what, spec.steps, "steps") as progress:
+        trainer = SupervisedTrainer(
+            compute,
+            model=model,
+            args=_arguments(spec, scratch, compute),
+            train_dataset=data,
+            data_collator=collator,
+            callbacks=[_StepCallback(progress, on_step)],
+        )
+        trainer.remove_callback("PrinterCallback")
+        result = trainer.train()
+    model.eval()
+    return float(result.training_loss)
+
+
+class _StepCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells `on_step` the learning rate that the step used, which the scheduler has moved on by then."""
+
+    def __init__(self, progress: Progress, on_step: Callable[..., None] | None) -> None:
+        self._progress, self._on_step = progress, on_step
+        self._rate = 0.0
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._rate = kwargs["optimizer"].param_groups[0]["lr"]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._on_step is not None:
+            self._on_step(state.global_step, kwargs["optimizer"], self._rate)
+        self._progress.update()
+
+
+def _arguments(spec: TrainSpec, folder: str, compute: Compute) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=folder,
+        max_steps=spec.steps,
+        per_device_train_batch_size=spec.batch_size,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=max(1, round(0.03 * spec.steps)),
+        weight_decay=0.0,
+        seed=spec.seed,
+        use_cpu=compute.device.type == "cpu",
+        optim="adamw_torch",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=compute.device.type == "cuda",
+    )
