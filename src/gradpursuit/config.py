@@ -131,9 +131,7 @@ class EvaluationSection(Section):
     batch_size: int = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
-    holdout: float = Field(
-        0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty"
-    )
+    holdout: float = Field(0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty")
 
 
 class RunConfig(Section):
@@ -214,7 +212,8 @@ def _explain(item: dict[str, Any]) -> str:
     key = ".".join(keys)
     if item["type"] == "extra_forbidden":
         section = _section_at(keys[:-1])
-        place = f" in section '{'.join(keys[:-1])}'" if keys[:-1] else ""
+        parent = ".".join(keys[:-1])
+        place = f" in section '{parent}'" if parent else ""
         return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
     if item["type"] == "missing":
         return f"'{key}' is missing and has no default"

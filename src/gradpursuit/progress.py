@@ -33,9 +33,7 @@ class Progress:
     ) -> None:
         if kind is None:
             seconds = time.monotonic() - self._start
-            logger.info(
-                "%s: %d %s in %s (%s)", self.what, self.done, self.unit, _clock(seconds), self._rate_text()
-            )
+            logger.info("%s: %d %s in %s (%s)", self.what, self.done, self.unit, _clock(seconds), self._rate_text())
 
     def update(self, units: int = 1) -> None:
         """Count `units` more as finished."""

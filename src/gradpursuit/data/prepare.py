@@ -79,9 +79,7 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
     splits = {"pool": config.pool, "target": config.target}
     if config.heldout:
         splits["heldout"] = config.heldout
-    cleaned = {
-        name: clean(name, read_examples(paths), renderer, config) for name, paths in splits.items() if paths
-    }
+    cleaned = {name: clean(name, read_examples(paths), renderer, config) for name, paths in splits.items() if paths}
     for name in splits:
         if name not in cleaned:
             raise DataError(f"data.{name} names no file")

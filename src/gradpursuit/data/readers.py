@@ -133,7 +133,5 @@ def _conversation(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
         if not isinstance(message, dict) or not isinstance(message.get("content"), str):
             raise DataError(f"{where}[{index}]: expected 'role' and a text 'content', found {message!r:.80}")
         if message.get("role") not in ROLES:
-            raise DataError(
-                f"{where}[{index}]: role {message.get('role')!r} is not one of {', '.join(ROLES)}"
-            )
+            raise DataError(f"{where}[{index}]: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
     return tuple({"role": message["role"], "content": message["content"]} for message in value)

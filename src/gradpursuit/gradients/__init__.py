@@ -1,0 +1,1 @@
+"""Per-example gradients by hooks, preconditioners, the sketch, and the collector that fills a store."""

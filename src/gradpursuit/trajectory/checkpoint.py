@@ -84,9 +84,7 @@ class Checkpoint:
         return AdamState(moments["m"], moments["v"], self.step, self.beta1, self.beta2, self.eps)
 
 
-def write_checkpoint(
-    folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
+def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Write one checkpoint folder; it appears under its name only when it is whole.
 
     Args:

@@ -193,9 +193,7 @@ def _fast_bfloat16(device: torch.device) -> bool:
 
 
 def _linear_names(model: nn.Module) -> str:
-    names = {
-        name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     return ", ".join(sorted(names)) or "none"
 
 

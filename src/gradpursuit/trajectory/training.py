@@ -35,7 +35,9 @@ class TrainSpec:
     what: str
 
     @classmethod
-    def for_epochs(cls, rows: int, epochs: int, batch_size: int, learning_rate: float, seed: int, what: str) -> TrainSpec:
+    def for_epochs(
+        cls, rows: int, epochs: int, batch_size: int, learning_rate: float, seed: int, what: str
+    ) -> TrainSpec:
         """The spec whose steps make `epochs` passes over `rows` examples."""
         return cls(epochs * math.ceil(rows / batch_size), batch_size, learning_rate, seed, what)
 

@@ -42,9 +42,7 @@ def warm_up(
     """
     count = max(1, math.ceil(config.fraction * len(pool)))
     chosen = sorted(int(i) for i in np.random.default_rng(seed).permutation(len(pool))[:count])
-    spec = TrainSpec.for_epochs(
-        count, config.epochs, config.batch_size, config.learning_rate, seed, "warm-up training"
-    )
+    spec = TrainSpec.for_epochs(count, config.epochs, config.batch_size, config.learning_rate, seed, "warm-up training")
     if spec.steps < config.checkpoints:
         raise ConfigError(
             f"warmup.checkpoints = {config.checkpoints}, but {count} rows × {config.epochs} epochs at batch size "
@@ -53,8 +51,7 @@ def warm_up(
     size = sum(parameter.numel() for parameter in trainable(model).values())
     require_space(folder, 12 * size * config.checkpoints, "the warm-up")
     keep = {
-        round(spec.steps * t / config.checkpoints): folder / f"checkpoint-{t}"
-        for t in range(1, config.checkpoints + 1)
+        round(spec.steps * t / config.checkpoints): folder / f"checkpoint-{t}" for t in range(1, config.checkpoints + 1)
     }
     rates: list[float] = []
 

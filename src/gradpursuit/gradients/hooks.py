@@ -1,0 +1,86 @@
+"""Exact per-example gradients of LoRA matrices in one batched backward pass.
+
+For y = W x with input x [B, L, in] and output gradient δ [B, L, out], the gradient of example i is
+Σ_l δ_il ⊗ x_il. Hooks on the adapter's own linear layers see both, so nothing is computed twice and no parameter
+gradient is ever formed. The losses of a batch are summed, so each example's δ is that of its own loss.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpursuit.errors import ModelError
+from gradpursuit.trajectory.model import trainable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+Consumer = Callable[[str, Tensor], None]
+
+
+class PerExampleGradients:
+    """Hooks on the LoRA layers of a model.
+
+    `with engine.capture(consumer): loss(batch).sum().backward()` calls `consumer(parameter, gradient [B, out, in])`,
+    float32, once for each LoRA matrix, as soon as its gradient is whole; a module that the forward pass uses several
+    times counts all its uses.
+
+    Raises:
+        ModelError: some trainable parameter is not the weight of a plain linear LoRA layer.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        parameters = trainable(model)
+        self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+        self._modules: dict[nn.Module, str] = {}
+        owners = {id(parameter): name for name, parameter in parameters.items()}
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and id(module.weight) in owners and module.bias is None:
+                self._modules[module] = owners.pop(id(module.weight))
+        if owners:
+            names = sorted(owners.values())
+            raise ModelError(
+                f"{len(names)} trainable parameters are not matrices of linear LoRA layers (first: '{names[0]}'); "
+                "DoRA, modules_to_save, biases and adapted embeddings are not supported: use plain LoRA"
+            )
+
+    @contextmanager
+    def capture(self, consumer: Consumer) -> Iterator[None]:
+        """Hand each LoRA matrix's per-example gradient to `consumer` during the backward pass inside the block."""
+        pending: Counter[str] = Counter()
+        sums: dict[str, Tensor] = {}
+
+        def forward_hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            name = self._modules[module]
+            pending[name] += 1
+            inputs = args[0].detach()
+
+            def output_hook(delta: Tensor) -> None:
+                gradient = _outer_sums(delta, inputs)
+                sums[name] = sums[name] + gradient if name in sums else gradient
+                pending[name] -= 1
+                if pending[name] == 0:
+                    consumer(name, sums.pop(name))
+
+            output.register_hook(output_hook)
+
+        handles = [module.register_forward_hook(forward_hook) for module in self._modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _outer_sums(delta: Tensor, inputs: Tensor) -> Tensor:
+    """Σ_l δ_l ⊗ x_l for each example, [B, out, in], multiplied and accumulated in float32."""
+    batch = len(delta)
+    left = delta.float().reshape(batch, -1, delta.shape[-1])
+    right = inputs.float().reshape(batch, -1, inputs.shape[-1])
+    return torch.bmm(left.transpose(1, 2), right)

@@ -1,0 +1,327 @@
+"""The matrix of a pursuit: A in R^{D x N}, one column (atom) for each pool example.
+
+A solver asks a matrix for five things only (:class:`GradientMatrix`), so the same solver runs on an array in
+memory, on memory-mapped shards larger than memory, and on rows that live on other machines.
+
+Both classes here read the data in the precision it is stored in (float16 is widened to float32, a bounded
+piece at a time) and hand back float64 for everything that is accumulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from gradpursuit.errors import PursuitError
+
+FloatArray = NDArray[np.floating[Any]]
+Float64Array = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+_PIECE_BYTES = 64 * 2**20
+
+
+@runtime_checkable
+class GradientMatrix(Protocol):
+    """What a pursuit needs of A in R^{D x N}; `ids` are column numbers in 0..N-1, without repeats."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, N): length of an atom, number of atoms."""
+
+    def correlate(self, r: FloatArray) -> Float64Array:
+        """A^T r for r [D]: float64 [N], one sequential pass over the data."""
+
+    def columns(self, ids: IntArray) -> FloatArray:
+        """The atoms `ids` [m] as an array [D, m], float32 or float64."""
+
+    def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
+        """The weighted sum of the atoms `ids` [m] with weights x [m]: float64 [D]."""
+
+    def squared_norms(self) -> Float64Array:
+        """Squared Euclidean norm of every atom: float64 [N]. Computed once."""
+
+
+class DenseMatrix:
+    """A matrix in memory.
+
+    X: array-like or torch tensor [D, N]. float32 and float64 are used as they are, without a copy, also
+    when X is the transposed view of row-contiguous features [N, D] (the fast layout); half precision becomes
+    float32 and integers float64.
+
+    Raises :class:`PursuitError` if X is not a finite, non-empty matrix of real numbers.
+    """
+
+    def __init__(self, X: ArrayLike) -> None:
+        self._X = _as_floats(X)
+        if self._X.ndim != 2 or 0 in self._X.shape:
+            raise PursuitError(
+                f"the gradient matrix has shape {self._X.shape}; a pursuit needs a matrix [D, N] with at "
+                "least "
+                "one row and one column. Pass the features of the pool as columns, for example `features.T`."
+            )
+        self._squared_norms = _require_finite(self._compute_squared_norms())
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, N)."""
+        return self._X.shape[0], self._X.shape[1]
+
+    def correlate(self, r: FloatArray) -> Float64Array:
+        """A^T r for r [D]: float64 [N]."""
+        return (self._X.T @ np.asarray(r, dtype=self._X.dtype)).astype(np.float64, copy=False)
+
+    def columns(self, ids: IntArray) -> FloatArray:
+        """The atoms `ids` [m] as an array [D, m] in the precision of the data."""
+        return self._X.T[_as_ids(ids, self.shape[1])].T
+
+    def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
+        """Weighted sum of atoms, float64 [D]."""
+        ids, x = _as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
+        total = np.zeros(self.shape[0])
+        for piece in _pieces(len(ids), 8 * self.shape[0]):
+            total += x[piece] @ self._X.T[ids[piece]].astype(np.float64, copy=False)
+        return total
+
+    def squared_norms(self) -> Float64Array:
+        """Squared Euclidean norm of every atom: float64 [N]."""
+        return self._squared_norms
+
+    def _compute_squared_norms(self) -> Float64Array:
+        D, N = self.shape
+        norms = np.zeros(N)
+        if abs(self._X.strides[0]) <= abs(self._X.strides[1]):
+            for piece in _pieces(N, 8 * D):
+                norms[piece] = _row_squares(self._X[:, piece].T)
+        else:
+            for piece in _pieces(D, 8 * N):
+                norms += _row_squares(self._X[piece].T)
+        return norms
+
+
+class TrajectoryMatrix:
+    """Features of several checkpoints, stacked without a copy: A = [(scale_t * U_t)^T]_t, D = sum of d_t.
+
+    blocks: for each checkpoint t the shards of its features U_t, arrays [n_s, d_t] (float16, float32 or
+    float64;
+        `np.memmap` stays on disk) which together hold the same N rows, in the same order, at every t.
+    scale: float64 [T, N]; row i of checkpoint t is multiplied by `scale[t, i]`. Square roots of learning
+        rates, unit rows and the balance of checkpoints are applied here. Default: ones.
+
+    Every pass reads the shards once, in order; temporary memory stays below about 64 MB besides the result.
+
+    Raises :class:`PursuitError` if shapes do not fit together; not finite values are found by the first pass,
+    :meth:`squared_norms`.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[FloatArray]], scale: ArrayLike | None = None) -> None:
+        self._blocks = [[_as_shard(shard, t) for shard in shards] for t, shards in enumerate(blocks)]
+        self._offsets, N = _stacked_layout(self._blocks)
+        self._shape = (int(self._offsets[-1]), N)
+        self._scale = np.ones((len(self._blocks), N)) if scale is None else _as_scale(scale, len(self._blocks), N)
+        wide = any(shard.dtype == np.float64 for shards in self._blocks for shard in shards)
+        self._dtype = np.dtype(np.float64 if wide else np.float32)
+        self._squared_norms: Float64Array | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(D, N)."""
+        return self._shape
+
+    def correlate(self, r: FloatArray) -> Float64Array:
+        """A^T r for r [D]: float64 [N], one sequential pass."""
+        c = np.zeros(self.shape[1])
+        for t, shards in enumerate(self._blocks):
+            part = np.asarray(r[self._offsets[t] : self._offsets[t + 1]], dtype=self._dtype)
+            for rows, values in _sequential(shards):
+                c[rows] += self._scale[t, rows] * (values @ part)
+        return c
+
+    def columns(self, ids: IntArray) -> FloatArray:
+        """The atoms `ids` [m] as an array [D, m] (the transposed view of contiguous rows [m, D])."""
+        ids = _as_ids(ids, self.shape[1])
+        atoms = np.empty((len(ids), self.shape[0]), dtype=self._dtype)
+        for t, shards in enumerate(self._blocks):
+            block = atoms[:, self._offsets[t] : self._offsets[t + 1]]
+            for where, values in _gathered(shards, ids):
+                block[where] = values
+            block *= self._scale[t, ids, None].astype(self._dtype)
+        return atoms.T
+
+    def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
+        """Weighted sum of atoms, float64 [D]."""
+        ids, x = _as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
+        total = np.zeros(self.shape[0])
+        for t, shards in enumerate(self._blocks):
+            weights = x * self._scale[t, ids]
+            for where, values in _gathered(shards, ids):
+                total[self._offsets[t] : self._offsets[t + 1]] += weights[where] @ values.astype(np.float64)
+        return total
+
+    def squared_norms(self) -> Float64Array:
+        """Squared Euclidean norm of every atom: float64 [N]; the first call is one pass over the data."""
+        if self._squared_norms is None:
+            norms = np.zeros(self.shape[1])
+            for t, shards in enumerate(self._blocks):
+                for rows, values in _sequential(shards):
+                    norms[rows] += self._scale[t, rows] ** 2 * _row_squares(values)
+            self._squared_norms = _require_finite(norms)
+        return self._squared_norms
+
+
+def as_matrix(X: Any) -> GradientMatrix:
+    """X itself if it is a :class:`GradientMatrix`, else a :class:`DenseMatrix` of the array or tensor [D, N].
+
+    Raises :class:`PursuitError` for anything that is not a finite, non-empty matrix.
+    """
+    return X if isinstance(X, GradientMatrix) else DenseMatrix(X)
+
+
+def as_vector(values: Any, length: int, name: str) -> Float64Array:
+    """`values` as a finite float64 vector [length]; `name` is what the error calls it."""
+    vector = _as_floats(values).astype(np.float64, copy=False)
+    if vector.shape != (length,):
+        raise PursuitError(
+            f"{name} has shape {vector.shape}, but the gradient matrix needs ({length},): one entry for "
+            "each of "
+            "its rows. Use the same checkpoints and the same projection for pool and target."
+        )
+    bad = np.flatnonzero(~np.isfinite(vector))
+    if bad.size:
+        raise PursuitError(
+            f"{name} has {bad.size} entries that are not finite, the first {vector[bad[0]]} at index "
+            f"{bad[0]}. "
+            "Drop the examples whose gradient overflowed, or compute gradients in a wider precision."
+        )
+    return vector
+
+
+def _as_floats(values: Any) -> FloatArray:
+    if hasattr(values, "detach") and hasattr(values, "cpu"):  # a torch tensor, without importing torch
+        values = values.detach().cpu()
+        # NumPy has no bfloat16
+        values = (values.float() if values.dtype.itemsize < 4 else values).numpy()
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiub":
+        raise PursuitError(
+            f"values of type {array.dtype} are not real numbers. Pass a NumPy array or torch tensor of floats."
+        )
+    if array.dtype in (np.float32, np.float64):
+        return array
+    return array.astype(np.float32 if array.dtype == np.float16 else np.float64)
+
+
+def _as_shard(shard: FloatArray, t: int) -> FloatArray:
+    array = np.asarray(shard)
+    if array.ndim != 2 or array.dtype not in (np.float16, np.float32, np.float64):
+        raise PursuitError(
+            f"a shard of checkpoint {t} has shape {array.shape} and type {array.dtype}; shards are arrays "
+            "[rows, d] "
+            "of float16, float32 or float64. Convert it before it is stacked."
+        )
+    return array
+
+
+def _as_scale(scale: ArrayLike, T: int, N: int) -> Float64Array:
+    array = np.asarray(scale, dtype=np.float64)
+    if array.shape != (T, N):
+        raise PursuitError(
+            f"scale has shape {array.shape}, but {T} checkpoints of {N} rows need ({T}, {N}): one factor "
+            "for each "
+            "row of each checkpoint."
+        )
+    if not np.isfinite(array).all():
+        t, i = np.argwhere(~np.isfinite(array))[0]
+        raise PursuitError(
+            f"scale[{t}, {i}] is {array[t, i]}: a factor must be finite. A row of norm zero cannot be "
+            "made a unit "
+            "row; drop it."
+        )
+    return array
+
+
+def _stacked_layout(blocks: list[list[FloatArray]]) -> tuple[IntArray, int]:
+    """Where each checkpoint starts among the D rows of A [T + 1], and N."""
+    if not blocks or not all(blocks):
+        raise PursuitError("a trajectory needs at least one checkpoint, and each checkpoint at least one shard.")
+    offsets = np.zeros(len(blocks) + 1, dtype=np.int64)
+    counts = []
+    for t, shards in enumerate(blocks):
+        widths = {shard.shape[1] for shard in shards}
+        if len(widths) != 1:
+            raise PursuitError(f"the shards of checkpoint {t} have different widths {sorted(widths)}; use one d.")
+        offsets[t + 1] = offsets[t] + widths.pop()
+        counts.append(sum(len(shard) for shard in shards))
+    if len(set(counts)) != 1:
+        raise PursuitError(
+            f"the checkpoints hold {counts} rows; every checkpoint must hold the same pool in the same "
+            "order. "
+            "Complete the unfinished checkpoint first."
+        )
+    if counts[0] == 0 or offsets[-1] == 0:
+        raise PursuitError(f"the stacked features have shape [{counts[0]}, {offsets[-1]}]; there is nothing to select.")
+    return offsets, counts[0]
+
+
+def _as_ids(ids: IntArray, N: int) -> IntArray:
+    array = np.asarray(ids, dtype=np.int64)
+    if array.size and (array.min() < 0 or array.max() >= N):
+        raise PursuitError(f"column ids run from {array.min()} to {array.max()}; this matrix has 0..{N - 1}.")
+    return array
+
+
+def _pieces(count: int, item_bytes: int) -> Iterator[slice]:
+    """Consecutive slices of 0..count-1, each of at most 64 MB (at least one item)."""
+    step = max(1, _PIECE_BYTES // max(1, item_bytes))
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
+def _sequential(shards: list[FloatArray]) -> Iterator[tuple[slice, FloatArray]]:
+    """All rows in order, in bounded pieces, as (their ids, values at float32 or wider)."""
+    first = 0
+    for shard in shards:
+        for piece in _pieces(len(shard), 4 * shard.shape[1]):
+            values = shard[piece]
+            if values.dtype == np.float16:
+                values = values.astype(np.float32)
+            yield slice(first + piece.start, first + piece.stop), values
+        first += len(shard)
+
+
+def _gathered(shards: list[FloatArray], ids: IntArray) -> Iterator[tuple[IntArray, FloatArray]]:
+    """The rows `ids` in bounded pieces, in the order they lie on disk, as (positions in `ids`, values)."""
+    order = np.argsort(ids, kind="stable")
+    first = 0
+    for shard in shards:
+        low, high = np.searchsorted(ids[order], (first, first + len(shard)))
+        inside = order[low:high]
+        for piece in _pieces(len(inside), 8 * shard.shape[1]):
+            where = inside[piece]
+            yield where, shard[ids[where] - first]
+        first += len(shard)
+
+
+def _row_squares(rows: FloatArray) -> Float64Array:
+    """Squared norms of rows [n, d], in float64; an overflow is reported by whoever reads the result."""
+    squares = np.empty(len(rows))
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in _pieces(len(rows), 8 * rows.shape[1]):
+            wide = rows[piece].astype(np.float64)
+            squares[piece] = np.einsum("nd,nd->n", wide, wide)
+    return squares
+
+
+def _require_finite(squared_norms: Float64Array) -> Float64Array:
+    bad = np.flatnonzero(~np.isfinite(squared_norms))
+    if bad.size:
+        raise PursuitError(
+            f"{bad.size} of {len(squared_norms)} atoms hold values that are not finite (NaN, infinity or "
+            "overflow), "
+            f"the first is atom {bad[0]}. Drop these examples, or compute their gradients in a wider "
+            "precision."
+        )
+    squared_norms.flags.writeable = False
+    return squared_norms
