@@ -170,8 +170,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
+    apply_overrides(tree, overrides)
     return build_config(tree, str(path))
 
 
@@ -186,6 +185,16 @@ def build_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     except ValidationError as error:
         lines = [_explain(dict(item)) for item in error.errors()]
         raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set `section.key=value` in a configuration tree; values are read as YAML.
+
+    Raises:
+        ConfigError: an override has no value, or names a value as if it were a section.
+    """
+    for override in overrides:
+        _apply_override(tree, override)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

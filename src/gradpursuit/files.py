@@ -19,6 +19,8 @@ from gradpursuit.errors import GradPursuitError, RunError
 def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     """Open `path` for writing bytes; it appears under its name only when the block ends without an error.
 
+    Errors of whatever feeds the block pass through unchanged.
+
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
@@ -30,11 +32,10 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except OSError as error:
+    except BaseException as error:
         part.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
+        if type(error).__module__ == "builtins" and isinstance(error, OSError):  # not a network library's own
+            raise disk_error(error, path) from error
         raise
 
 

@@ -1,0 +1,1 @@
+"""Fine-tuning on the subsets and scoring held-out target examples."""

@@ -21,7 +21,7 @@ from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore, Shard, StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState, Checkpoint
 from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
-from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.model import Compute, trainable
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,7 +63,10 @@ class FeatureEngine:
         sketches = [torch.zeros(self._sketch.dim, len(rows), device=self._device) for _ in wanted]
         squares = [torch.zeros(len(rows), device=self._device) for _ in wanted]
 
+        unused = dict(self._sketch.sizes)
+
         def consume(parameter: str, gradient: Tensor) -> None:
+            unused.pop(parameter, None)
             for kind, out, square in zip(wanted, sketches, squares, strict=True):
                 values = kind(parameter, gradient, state).flatten(1)
                 square += torch.linalg.vecdot(values, values)
@@ -72,6 +75,9 @@ class FeatureEngine:
         with self._gradients.capture(consume):
             losses, tokens = self._loss(collate(rows, self._pad))
             losses.sum().backward()
+        shapes = {name: parameter.shape for name, parameter in trainable(self._model).items()}
+        for name in list(unused):  # its gradient is zero, but Adam's momentum would move it all the same
+            consume(name, torch.zeros(len(rows), *shapes[name], device=self._device))
         self._model.zero_grad(set_to_none=True)
         features = [Features(s.t(), q.sqrt()) for s, q in zip(sketches, squares, strict=True)]
         return features, losses.detach(), tokens

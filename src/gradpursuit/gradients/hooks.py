@@ -28,11 +28,12 @@ class PerExampleGradients:
     """Hooks on the LoRA layers of a model.
 
     `with engine.capture(consumer): loss(batch).sum().backward()` calls `consumer(parameter, gradient [B, out, in])`,
-    float32, once for each LoRA matrix, as soon as its gradient is whole; a module that the forward pass uses several
-    times counts all its uses.
+    float32, once for each LoRA matrix that the loss depends on, as soon as its gradient is whole; a module that the
+    forward pass uses several times counts all its uses.
 
     Raises:
-        ModelError: some trainable parameter is not the weight of a plain linear LoRA layer.
+        ModelError: some trainable parameter is not the weight of a plain linear LoRA layer, or such a layer is part
+            of the output layer, or (in the forward pass) sees tokens without the example they belong to.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -40,14 +41,17 @@ class PerExampleGradients:
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._modules: dict[nn.Module, str] = {}
         owners = {id(parameter): name for name, parameter in parameters.items()}
+        head = set(model.get_output_embeddings().modules())  # it sees labelled positions only, of all rows at once
         for module in model.modules():
-            if isinstance(module, nn.Linear) and id(module.weight) in owners and module.bias is None:
-                self._modules[module] = owners.pop(id(module.weight))
+            if isinstance(module, nn.Linear) and module not in head and module.bias is None:
+                name = owners.get(id(module.weight), "")
+                if ".lora_A." in name or ".lora_B." in name:
+                    self._modules[module] = owners.pop(id(module.weight))
         if owners:
             names = sorted(owners.values())
             raise ModelError(
                 f"{len(names)} trainable parameters are not matrices of linear LoRA layers (first: '{names[0]}'); "
-                "DoRA, modules_to_save, biases and adapted embeddings are not supported: use plain LoRA"
+                "DoRA, modules_to_save, biases and adapted embeddings or output layers are not supported: use plain LoRA"
             )
 
     @contextmanager
@@ -60,6 +64,11 @@ class PerExampleGradients:
             name = self._modules[module]
             pending[name] += 1
             inputs = args[0].detach()
+            if inputs.dim() < 3:
+                raise ModelError(
+                    f"'{name}' gets its tokens without a batch dimension, so examples cannot be told apart (as in the "
+                    "experts of a mixture); leave that layer out of model.lora.target_modules"
+                )
 
             def output_hook(delta: Tensor) -> None:
                 gradient = _outer_sums(delta, inputs)
@@ -73,6 +82,8 @@ class PerExampleGradients:
         handles = [module.register_forward_hook(forward_hook) for module in self._modules]
         try:
             yield
+            for name, gradient in sums.items():  # some use of the module has no part in the loss
+                consumer(name, gradient)
         finally:
             for handle in handles:
                 handle.remove()

@@ -61,8 +61,8 @@ class Preconditioner:
         return gradient / denominator
 
     def _adam(self, parameter: str, gradient: Tensor, state: AdamState) -> Tensor:
-        m = torch.lerp(gradient, state.m[parameter].expand_as(gradient), state.beta1)
-        v = torch.lerp(gradient.square(), state.v[parameter].expand_as(gradient), state.beta2)
+        m = torch.add(state.beta1 * state.m[parameter], gradient, alpha=1 - state.beta1)
+        v = torch.addcmul(state.beta2 * state.v[parameter], gradient, gradient, value=1 - state.beta2)
         if self.bias_correction:
             m = m / (1 - state.beta1 ** (state.step + 1))
             v = v / (1 - state.beta2 ** (state.step + 1))

@@ -1,0 +1,87 @@
+"""The manifest of a run: versions, machine, seed, and the state, time and findings of every stage."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gradpursuit import __version__
+from gradpursuit.errors import RunError
+from gradpursuit.files import read_json, write_json
+
+FORMAT = 1
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors")
+
+
+class Manifest:
+    """`manifest.json` of a run folder; every change is written at once, atomically."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "manifest.json"
+
+    def read(self) -> dict[str, Any]:
+        """Its content; that of a run not yet begun if there is no file.
+
+        Raises:
+            RunError: the file is broken or of another format.
+        """
+        if not self._path.is_file():
+            return {"format": FORMAT, "created": _now(), "stages": {}}
+        value = read_json(self._path)
+        if not isinstance(value, dict) or value.get("format") != FORMAT or "stages" not in value:
+            raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
+        return value
+
+    def is_complete(self, stage: str, fingerprint: str, outputs: Sequence[Path]) -> bool:
+        """Whether `stage` was finished with these inputs and settings and its outputs are still there."""
+        entry = self.read()["stages"].get(stage, {})
+        return (
+            entry.get("state") == "complete"
+            and entry.get("fingerprint") == fingerprint
+            and all(path.exists() for path in outputs)
+        )
+
+    def known(self, stage: str, fingerprint: str) -> bool | None:
+        """Whether what `stage` left behind was made with `fingerprint`; None if it was never begun."""
+        entry = self.read()["stages"].get(stage)
+        return None if entry is None else entry.get("fingerprint") == fingerprint
+
+    def fingerprint(self, stage: str) -> str:
+        """The fingerprint that `stage` was run with."""
+        return str(self.read()["stages"][stage]["fingerprint"])
+
+    def begin(self, stage: str, fingerprint: str, seed: int) -> None:
+        """Record that `stage` runs now, here, with these versions."""
+        value = self.read()
+        value.update(gradpursuit=__version__, seed=seed, packages=_versions(), machine=_machine())
+        value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now()}
+        write_json(self._path, value)
+
+    def complete(self, stage: str, seconds: float, detail: dict[str, Any]) -> None:
+        """Record that `stage` is finished, how long it took, and what it found."""
+        value = self.read()
+        value["stages"][stage].update(state="complete", seconds=round(seconds, 2), detail=detail)
+        write_json(self._path, value)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    return {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()}

