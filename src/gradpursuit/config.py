@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraSection(Section):
@@ -166,7 +166,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
@@ -211,7 +211,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"flag '--{key}': '{section}' is a value, not a section")
     try:
         tree[name] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         tree[name] = text
 
 
@@ -233,6 +233,7 @@ def _section_at(keys: Sequence[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for key in keys:
         inner = section.model_fields[key].annotation
-        assert isinstance(inner, type) and issubclass(inner, BaseModel)
+        assert isinstance(inner, type)
+        assert issubclass(inner, BaseModel)
         section = inner
     return section

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from gradpursuit.config import LoraSection
 from gradpursuit.data import IGNORE, Row
 from gradpursuit.trajectory.model import attach_lora, trainable
-from torch import Tensor
 
 VOCABULARY = 97
 
@@ -38,7 +39,11 @@ def build_base(kind: str, attention: str = "eager") -> Any:
         "gemma2": lambda: transformers.Gemma2Config(**gemma, final_logit_softcapping=1.5, attn_logit_softcapping=2.0),
         "gemma3": lambda: transformers.Gemma3TextConfig(**gemma, final_logit_softcapping=1.5),
         "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
-            **decoder, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16
+            **decoder,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=16,
         ),
     }
     torch.manual_seed(1)
@@ -64,9 +69,7 @@ def build_lora(kind: str, attention: str = "eager", **settings: Any) -> Any:
     return randomize(attach_lora(build_base(kind, attention), LoraSection(r=3, alpha=5, **settings), seed=0))
 
 
-def random_rows(
-    lengths: Sequence[int], seed: int = 0, vocabulary: int = VOCABULARY, prompt: float = 0.4
-) -> list[Row]:
+def random_rows(lengths: Sequence[int], seed: int = 0, vocabulary: int = VOCABULARY, prompt: float = 0.4) -> list[Row]:
     """Rows of random tokens; the first `prompt` share of each is unsupervised, and so is one token in the middle."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
@@ -91,17 +94,13 @@ def oracle(model: Any, row: Row) -> tuple[float, dict[str, Tensor]]:
     return float(loss.detach()), gradients
 
 
-@dataclass(frozen=True)
-class Tiny:
-    """The builders above, as one fixture."""
-
-    base: Callable[..., Any] = staticmethod(build_base)
-    lora: Callable[..., Any] = staticmethod(build_lora)
-    randomize: Callable[..., Any] = staticmethod(randomize)
-    rows: Callable[..., list[Row]] = staticmethod(random_rows)
-    oracle: Callable[..., tuple[float, dict[str, Tensor]]] = staticmethod(oracle)
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads only wait for each other on models this small."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Tiny:
-    return Tiny()
+def tiny() -> SimpleNamespace:
+    """The builders above."""
+    return SimpleNamespace(base=build_base, lora=build_lora, randomize=randomize, rows=random_rows, oracle=oracle)

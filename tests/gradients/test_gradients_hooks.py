@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.data import Renderer, Row
 from gradpursuit.errors import ModelError
 from gradpursuit.gradients.hooks import PerExampleGradients
 from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute, attach_lora, load_model, load_tokenizer, trainable
-from torch import Tensor, nn
 
 FLOAT32 = Compute(torch.device("cpu"), None)
 TOLERANCE = 1e-4

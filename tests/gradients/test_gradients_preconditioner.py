@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from gradpursuit.errors import ConfigError
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.trajectory.checkpoint import AdamState
-from torch import Tensor
 
 SHAPE = (5, 7)
 BETAS, EPS = (0.9, 0.999), 1e-8
@@ -23,9 +24,7 @@ def adam_after(steps: int, seed: int = 0) -> tuple[torch.nn.Parameter, torch.opt
         parameter.grad = torch.randn(SHAPE, generator=generator)
         optimizer.step()
     held = optimizer.state[parameter]
-    state = AdamState(
-        {"p": held["exp_avg"].clone()}, {"p": held["exp_avg_sq"].clone()}, int(held["step"]), *BETAS, EPS
-    )
+    state = AdamState({"p": held["exp_avg"].clone()}, {"p": held["exp_avg_sq"].clone()}, int(held["step"]), *BETAS, EPS)
     return parameter, optimizer, state
 
 
@@ -60,9 +59,7 @@ def test_adam_without_bias_correction_is_the_formula_of_less() -> None:
     assert not torch.allclose(found, corrected, rtol=0.1)
 
 
-@pytest.mark.parametrize(
-    ("name", "power"), [("adam-centered", 1.0), ("adam-symmetric", 0.5), ("identity", 0.0)]
-)
+@pytest.mark.parametrize(("name", "power"), [("adam-centered", 1.0), ("adam-symmetric", 0.5), ("identity", 0.0)])
 def test_linear_preconditioners_are_their_formulae(name: str, power: float) -> None:
     _, _, state = adam_after(4)
     v_hat = state.v["p"].double().numpy() / (1 - 0.999**4)

@@ -7,8 +7,9 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from gradpursuit.gradients.sketch import SparseSketch
 from torch import Tensor
+
+from gradpursuit.gradients.sketch import SparseSketch
 
 
 def apply(sketch: SparseSketch, values: dict[str, Tensor]) -> Tensor:
@@ -102,8 +103,18 @@ def test_a_row_does_not_see_its_batch() -> None:
 
 def test_the_matrix_is_pinned() -> None:
     """Features on disk outlive library versions: the same seed must mean the same matrix for ever."""
-    units = (dense(SparseSketch({"model.layers.0.q_proj.lora_A.weight": 200}, 64, 2, 42),
-                   "model.layers.0.q_proj.lora_A.weight", 200) * 2**0.5).round().to(torch.int8)
+    units = (
+        (
+            dense(
+                SparseSketch({"model.layers.0.q_proj.lora_A.weight": 200}, 64, 2, 42),
+                "model.layers.0.q_proj.lora_A.weight",
+                200,
+            )
+            * 2**0.5
+        )
+        .round()
+        .to(torch.int8)
+    )
     digest = hashlib.sha256(units.numpy().tobytes()).hexdigest()
     assert digest == "17a9ef901e348d05ebce8688596a1c5f6c0c4b7e7f5189721bae18508183b4b0"
 

@@ -5,6 +5,7 @@ Schemas: `messages` (a list of {"role", "content"}), and `prompt`/`completion` (
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,10 +77,12 @@ def _json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with Path(path).open("rb") as file:
             for number, raw in enumerate(file, 1):
+                if number == 1:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
                 if not raw.strip():
                     continue
                 try:
-                    row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    row = json.loads(raw.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise DataError(f"{path}:{number}: not UTF-8: {error.reason}; save it as UTF-8") from None
                 except json.JSONDecodeError as error:
@@ -87,11 +90,24 @@ def _json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}; "
                         "expected one JSON object a line"
                     ) from None
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}:{number}: not usable JSON: {error}") from None
                 if not isinstance(row, dict):
                     raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                if b"\\u" in raw:
+                    _refuse_half_characters(row, f"{path}:{number}")
                 yield number, row
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
+    """JSON escapes can hold one half of a surrogate pair, which is no character and cannot be written as UTF-8."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise DataError(f"{where}: holds half a character (\\u{ord(half):04x} alone); remove it") from None
 
 
 def _example(columns: dict[str, Any], path: str, line: int, copies: dict[str, int]) -> Example:

@@ -2,6 +2,7 @@
 
 The supervised span of an assistant turn is what the template adds when that turn is appended to the rendered
 prefix before it: its text and its end token, without the white space that templates put after the end token.
+A token on the border (the space that ends a prompt, joined to the answer's first word) counts as the assistant's.
 Rendering prefixes works with every template that renders turns in order; one that rewrites earlier turns when
 later ones come is refused, because its spans could not be trusted.
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from jinja2.exceptions import TemplateError
 
 from gradpursuit.errors import DataError, ModelError
 
@@ -72,7 +71,7 @@ class Renderer:
         encoded = self._tokenizer(text, add_special_tokens=add_special, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
         labels = [
-            token if any(start <= begin and end <= stop for start, stop in spans) and end > begin else IGNORE
+            token if any(max(begin, start) < min(end, stop) for start, stop in spans) else IGNORE
             for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
         ]
         return Rendered(ids, labels)
@@ -98,7 +97,7 @@ class Renderer:
             rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
             )
-        except (TemplateError, ValueError, TypeError) as error:
+        except Exception as error:  # a template is a program of its own, and can fail in any way
             raise DataError(f"the chat template refuses this conversation: {error}") from None
         return str(rendered)
 

@@ -85,7 +85,10 @@ class Table(Sequence[Row]):
             RunError: the file is missing or is not such a table.
         """
         try:
-            table = pq.read_table(path, schema=SCHEMA)
+            table = pq.read_table(path)
+            if table.column_names != SCHEMA.names:
+                raise RunError(f"{path}: not a table of examples: its columns are {', '.join(table.column_names)}")
+            table = table.cast(SCHEMA)
         except FileNotFoundError:
             raise RunError(f"{path}: not there; the data stage has not been run") from None
         except (OSError, pa.ArrowException) as error:

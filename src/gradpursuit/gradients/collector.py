@@ -46,7 +46,7 @@ class FeatureEngine:
     """
 
     def __init__(self, model: PeftModel, compute: Compute, sketch: SparseSketch, tokens_per_batch: int) -> None:
-        self._model = model
+        self._model = model.eval()  # dropout would make a feature another one each time
         self._gradients = PerExampleGradients(model)
         self._loss = SupervisedLoss(model, compute)
         self._sketch, self._budget, self._device = sketch, tokens_per_batch, compute.device

@@ -41,7 +41,8 @@ class PerExampleGradients:
         self.sizes = {name: parameter.numel() for name, parameter in parameters.items()}
         self._modules: dict[nn.Module, str] = {}
         owners = {id(parameter): name for name, parameter in parameters.items()}
-        head = set(model.get_output_embeddings().modules())  # it sees labelled positions only, of all rows at once
+        output = model.get_output_embeddings()  # it sees labelled positions only, of all rows at once
+        head = set(output.modules()) if output is not None else set()
         for module in model.modules():
             if isinstance(module, nn.Linear) and module not in head and module.bias is None:
                 name = owners.get(id(module.weight), "")
@@ -51,7 +52,7 @@ class PerExampleGradients:
             names = sorted(owners.values())
             raise ModelError(
                 f"{len(names)} trainable parameters are not matrices of linear LoRA layers (first: '{names[0]}'); "
-                "DoRA, modules_to_save, biases and adapted embeddings or output layers are not supported: use plain LoRA"
+                "DoRA, modules_to_save, biases, adapted embeddings and output layers are not supported: use plain LoRA"
             )
 
     @contextmanager

@@ -58,7 +58,9 @@ class SparseSketch:
         rows = torch.from_numpy(((raw >> np.uint64(1)) % np.uint64(self.dim)).astype(np.int64))
         signs = torch.from_numpy((raw & np.uint64(1)).astype(np.float32) * 2 - 1) / self.nonzeros**0.5
         columns = torch.arange(size).repeat_interleave(self.nonzeros)
-        matrix = torch.sparse_coo_tensor(torch.stack([rows, columns]), signs, (self.dim, size)).coalesce()
+        matrix = torch.sparse_coo_tensor(
+            torch.stack([rows, columns]), signs, (self.dim, size), check_invariants=False
+        ).coalesce()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             return matrix.to_sparse_csr()

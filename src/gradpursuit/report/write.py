@@ -29,7 +29,7 @@ def write_report(
     pool: Table,
 ) -> None:
     """Write both files into `run_dir`; the page is self-contained and asks nothing of any network."""
-    report = {
+    report: dict[str, Any] = {
         "config": config.model_dump(mode="json"),
         "manifest": {key: value for key, value in manifest.items() if key != "format"},
         "comparison": to_json(lines),

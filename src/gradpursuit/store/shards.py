@@ -21,8 +21,14 @@ from safetensors.numpy import save
 from gradpursuit.errors import StoreError
 from gradpursuit.files import write_atomic
 
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+}
 NAMES = ("features", "loss", "norm", "row", "tokens")
+KINDS = {"loss": "F32", "norm": "F32", "row": "I64", "tokens": "I32"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,15 @@ def write_shard(path: Path, shard: Shard, fingerprint: str) -> None:
     tensors = {name: np.ascontiguousarray(getattr(shard, name)) for name in NAMES}
     payload = save(tensors, metadata={"fingerprint": fingerprint, "sha256": shard.digest()})
     with write_atomic(path) as file:
-        file.write(payload)
+        file.writelines(_in_order(payload))
+
+
+def _in_order(payload: bytes) -> tuple[bytes, memoryview]:
+    """A safetensors file with its header's keys sorted: the library writes metadata in an order that varies."""
+    (length,) = struct.unpack("<Q", payload[:8])
+    header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return struct.pack("<Q", len(header)) + header, memoryview(payload)[8 + length :]
 
 
 def read_shard(path: Path, fingerprint: str, *, verify: bool) -> Shard:
@@ -80,22 +94,26 @@ def read_shard(path: Path, fingerprint: str, *, verify: bool) -> Shard:
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
+            if length > path.stat().st_size:
+                raise ValueError("header is longer than the file")
             header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__")
-        arrays = {name: _map(path, 8 + length, header[name]) for name in NAMES}
+        found, checksum = (header["__metadata__"][name] for name in ("fingerprint", "sha256"))
+        arrays = {name: _map(path, 8 + length, name, header[name]) for name in NAMES}
     except FileNotFoundError:
         raise StoreError(f"{path}: not there; collect the gradients again, finished shards are kept") from None
-    except (OSError, ValueError, KeyError, struct.error, MemoryError) as error:
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
         raise StoreError(f"{path}: not a whole shard ({type(error).__name__}: {error})") from None
-    if metadata["fingerprint"] != fingerprint:
+    if found != fingerprint:
         raise StoreError(f"{path}: was made with other settings than its store")
     shard = Shard(arrays["features"], *(np.array(arrays[name]) for name in ("norm", "loss", "tokens", "row")))
-    if verify and shard.digest() != metadata["sha256"]:
+    if verify and shard.digest() != checksum:
         raise StoreError(f"{path}: its bytes do not match their checksum; delete it and collect again")
     return shard
 
 
-def _map(path: Path, start: int, entry: dict[str, Any]) -> NDArray[Any]:
+def _map(path: Path, start: int, name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    if entry["dtype"] != KINDS.get(name, entry["dtype"]):
+        raise ValueError(f"{name} is {entry['dtype']}, expected {KINDS[name]}")
     begin, end = entry["data_offsets"]
     if start + end > path.stat().st_size:
         raise ValueError("file is shorter than its header says")

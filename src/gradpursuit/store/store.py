@@ -86,10 +86,11 @@ class GradientStore:
         """
         store = cls(folder, spec)
         manifest = folder / "manifest.json"
-        if not manifest.is_file() or read_json(manifest).get("fingerprint") != store._fingerprint:
+        wanted = {**spec.to_json(), "fingerprint": store._fingerprint}
+        if not manifest.is_file() or read_json(manifest) != json.loads(json.dumps(wanted)):
             shutil.rmtree(folder, ignore_errors=True)
             require_space(folder, spec.nbytes, "the gradient store")
-            write_json(manifest, {**spec.to_json(), "fingerprint": store._fingerprint})
+            write_json(manifest, wanted)
         return store
 
     @classmethod
@@ -103,14 +104,18 @@ class GradientStore:
         if not manifest.is_file():
             raise StoreError(f"{folder}: no gradient store; collect the gradients first")
         value = read_json(manifest)
-        if value.get("version") != VERSION:
-            raise StoreError(f"{manifest}: version {value.get('version')!r}, this program reads {VERSION}")
+        version = value.get("version") if isinstance(value, dict) else None
+        if version != VERSION:
+            raise StoreError(f"{manifest}: version {version!r}, this program reads {VERSION}")
         names = ("checkpoints", "dim", "dtype", "shard_rows", "origin")
         try:
             spec = StoreSpec(ids=tuple(value["ids"]), **{name: value[name] for name in names})
-            intact = value["fingerprint"] == spec.fingerprint
+            intact = {**spec.to_json(), "fingerprint": value["fingerprint"]} == value
+            intact = intact and value["fingerprint"] == spec.fingerprint
         except KeyError as error:
             raise StoreError(f"{manifest}: {error} is missing; collect the gradients again") from None
+        except TypeError:
+            intact = False
         if not intact:
             raise StoreError(f"{manifest}: was changed by hand; collect the gradients again")
         return cls(folder, spec)
@@ -135,9 +140,7 @@ class GradientStore:
         Raises:
             StoreError: a row is not finite or all zeros, or the rows are not those of the shard.
         """
-        rows = self.spec.shards()[shard]
-        if content.row.tolist() != list(rows) or content.features.shape != (len(rows), self.spec.dim):
-            raise StoreError(f"{self.path(checkpoint, shard)}: got other rows than {rows.start}-{rows.stop - 1}")
+        self._check(checkpoint, shard, content)
         write_shard(self.path(checkpoint, shard), content, self._fingerprint)
 
     def read(self, checkpoint: int, shard: int, *, verify: bool = False) -> Shard:
@@ -147,10 +150,22 @@ class GradientStore:
             StoreError: it is missing, broken or foreign.
         """
         content = read_shard(self.path(checkpoint, shard), self._fingerprint, verify=verify)
-        rows = self.spec.shards()[shard]
-        if content.features.shape != (len(rows), self.spec.dim) or content.row.tolist() != list(rows):
-            raise StoreError(f"{self.path(checkpoint, shard)}: holds other rows than {rows.start}-{rows.stop - 1}")
+        self._check(checkpoint, shard, content)
         return content
+
+    def _check(self, checkpoint: int, shard: int, content: Shard) -> None:
+        """The content must be that shard's rows, in the shapes and the type of the spec."""
+        rows = self.spec.shards()[shard]
+        path, n = self.path(checkpoint, shard), len(rows)
+        columns = (content.norm, content.loss, content.tokens, content.row)
+        if any(column.shape != (n,) for column in columns) or content.row.tolist() != list(rows):
+            raise StoreError(f"{path}: holds other rows than {rows.start}-{rows.stop - 1}")
+        features = content.features
+        if features.shape != (n, self.spec.dim) or features.dtype != np.dtype(self.spec.dtype):
+            raise StoreError(
+                f"{path}: features are {features.dtype} {features.shape}, expected {self.spec.dtype} "
+                f"{(n, self.spec.dim)}"
+            )
 
     def features(self, *, verify: bool = True) -> list[list[NDArray[Any]]]:
         """Memory-mapped features: for each checkpoint its shards `[n_s, d]`, in row order.

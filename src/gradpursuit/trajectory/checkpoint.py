@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from gradpursuit.errors import TrajectoryError
+from gradpursuit.errors import RunError, TrajectoryError
 from gradpursuit.files import disk_error, read_json, write_atomic, write_json
 from gradpursuit.trajectory.model import trainable
 
@@ -98,7 +98,6 @@ def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Opti
     """
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     parameters = trainable(model)
     tensors = {}
     for name, parameter in parameters.items():
@@ -112,14 +111,15 @@ def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Opti
     group = optimizer.param_groups[0]
     _save(part / "moments.safetensors", tensors)
     _save(part / "adapter_model.safetensors", dict(parameters))
-    try:
-        model.peft_config["default"].save_pretrained(str(part))
-    except OSError as error:
-        raise disk_error(error, part) from error
     beta1, beta2 = group["betas"]
     write_json(part / "state.json", {**state, "beta1": beta1, "beta2": beta2, "eps": group["eps"]})
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    try:
+        model.peft_config["default"].save_pretrained(str(part))
+        _sort_lists(part / "adapter_config.json")
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        raise disk_error(error, folder) from error
 
 
 def read_trajectory(folder: Path) -> list[Checkpoint]:
@@ -131,11 +131,14 @@ def read_trajectory(folder: Path) -> list[Checkpoint]:
     checkpoints = []
     index = 1
     while (path := folder / f"checkpoint-{index}").is_dir():
-        state = read_json(path / "state.json")
+        try:
+            state = read_json(path / "state.json")
+        except RunError as error:
+            raise TrajectoryError(f"{error}; or run the warm-up again") from None
         names = [name for name in Checkpoint.__dataclass_fields__ if name != "folder"]
-        missing = [name for name in names if name not in state]
-        if missing:
-            raise TrajectoryError(f"{path / 'state.json'}: {', '.join(missing)} missing")
+        wrong = [name for name in names if not isinstance(state, dict) or not isinstance(state.get(name), int | float)]
+        if wrong:
+            raise TrajectoryError(f"{path / 'state.json'}: {', '.join(wrong)} missing or no number")
         checkpoints.append(Checkpoint(path, **{name: state[name] for name in names}))
         index += 1
     if not checkpoints:
@@ -146,6 +149,13 @@ def read_trajectory(folder: Path) -> list[Checkpoint]:
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Step, learning rate and optimizer constants as JSON values."""
     return {name: value for name, value in asdict(checkpoint).items() if name != "folder"}
+
+
+def _sort_lists(path: Path) -> None:
+    """Order the names in an adapter's settings: `peft` writes its sets in an order that changes from run to run."""
+    config = read_json(path)
+    write_json(path, {k: sorted(v) if k in ("target_modules", "exclude_modules") and isinstance(v, list) else v
+                      for k, v in config.items()})  # fmt: skip
 
 
 def _save(path: Path, tensors: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,14 +90,14 @@ def load_model(config: ModelSection) -> PreTrainedModel:
         # The fused attention's backward pass in bfloat16 is ten times slower on a CPU than the plain one.
         options["attn_implementation"] = "eager"
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # as above
         raise ModelError(f"model.path '{config.path}': cannot be loaded: {_first_line(error)}") from error
     if "gguf_file" in options:
         model = _plain_copy(model)
     model.requires_grad_(False)
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftModel:
@@ -118,7 +119,7 @@ def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftM
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise ModelError(
             f"no adapter can be put on {type(model).__name__} with model.lora.target_modules="
             f"{config.target_modules!r}: {_first_line(error)}; linear layers found: {_linear_names(model)}"
@@ -167,6 +168,10 @@ def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:
         if not (path / "config.json").is_file():
             raise ModelError(f"model.path '{config.path}': the folder holds no config.json")
         return config.path, {"local_files_only": True}
+    if path.is_file():
+        raise ModelError(
+            f"model.path '{config.path}': a file, but no GGUF file; give a folder, a GGUF file or a hub id"
+        )
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local or not config.path:
         raise ModelError(f"model.path '{config.path}': no such folder; give a folder, a GGUF file or a hub id")
@@ -183,7 +188,7 @@ def _plain_copy(loaded: PreTrainedModel) -> PreTrainedModel:
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.generation_config = loaded.generation_config
-    return plain  # type: ignore[no-any-return]
+    return plain
 
 
 def _fast_bfloat16(device: torch.device) -> bool:

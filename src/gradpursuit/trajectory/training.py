@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gradpursuit.data import Row
 from gradpursuit.progress import Progress
@@ -26,7 +26,11 @@ logger = logging.getLogger("gradpursuit")
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """How to train: AdamW (no weight decay), linear decay after 3 % warm-up, `steps` batches of `batch_size`."""
+    """How to train: AdamW (no weight decay), linear decay after 3 % warm-up, `steps` batches of `batch_size`.
+
+    No step has a learning rate of zero: the first uses 1 / (warm-up steps) of the peak, and the decay ends after the
+    last.
+    """
 
     steps: int
     batch_size: int
@@ -51,15 +55,38 @@ class TrainingRow:
     weight: float
 
 
-class SupervisedTrainer(Trainer):  # type: ignore[misc]
+class SupervisedTrainer(Trainer):
     """A Trainer whose loss is the weighted mean of the per-example mean losses of a batch."""
 
-    def __init__(self, compute: Compute, **options: Any) -> None:
-        super().__init__(**options)
-        self._loss = SupervisedLoss(self.model, compute)
+    def __init__(self, model: PeftModel, compute: Compute, **options: Any) -> None:
+        super().__init__(model=model, **options)
+        self._loss = SupervisedLoss(model, compute)
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
 
-    def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """Linear rise and decay, above zero at every step."""
+        rise = max(1, round(0.03 * num_training_steps))
+
+        def factor(step: int) -> float:
+            fall = (num_training_steps - step) / (num_training_steps - rise + 1)
+            return max(0.0, min((step + 1) / rise, fall))
+
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None  # the Trainer makes it first
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """Mean over the batch of weight × mean negative log-likelihood of the supervised tokens."""
         nll, _tokens = self._loss(inputs)
         loss = (inputs["weight"].to(nll.device) * nll).mean()
@@ -94,20 +121,20 @@ def train(
 
     with tempfile.TemporaryDirectory() as scratch, Progress(spec.what, spec.steps, "steps") as progress:
         trainer = SupervisedTrainer(
+            model,
             compute,
-            model=model,
             args=_arguments(spec, scratch, compute),
             train_dataset=data,
             data_collator=collator,
             callbacks=[_StepCallback(progress, on_step)],
         )
-        trainer.remove_callback("PrinterCallback")
+        trainer.remove_callback(PrinterCallback)
         result = trainer.train()
     model.eval()
     return float(result.training_loss)
 
 
-class _StepCallback(TrainerCallback):  # type: ignore[misc]
+class _StepCallback(TrainerCallback):
     """Tells `on_step` the learning rate that the step used, which the scheduler has moved on by then."""
 
     def __init__(self, progress: Progress, on_step: Callable[..., None] | None) -> None:
@@ -129,8 +156,6 @@ def _arguments(spec: TrainSpec, folder: str, compute: Compute) -> TrainingArgume
         max_steps=spec.steps,
         per_device_train_batch_size=spec.batch_size,
         learning_rate=spec.learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, round(0.03 * spec.steps)),
         weight_decay=0.0,
         seed=spec.seed,
         use_cpu=compute.device.type == "cpu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,8 @@ def warm_up(
     keep = {
         round(spec.steps * t / config.checkpoints): folder / f"checkpoint-{t}" for t in range(1, config.checkpoints + 1)
     }
+    for earlier in folder.glob("checkpoint-*"):
+        shutil.rmtree(earlier)  # of another run: what is read back below must be of this one alone
     rates: list[float] = []
 
     def on_step(step: int, optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import Job
+from gradpursuit import __version__
+from gradpursuit.cli import main
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message of a refused command."""
+    capsys.readouterr()
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:  # argparse's own way out
+        code = exit_.code  # type: ignore[assignment]
+    printed = capsys.readouterr()
+    assert code == 2
+    assert "Traceback" not in printed.err + printed.out
+    message = printed.err[printed.err.index("error: ") :]
+    assert message.count("error: ") == 1
+    return message.removeprefix("error: ").strip()
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    code = (
+        "import sys, gradpursuit, gradpursuit.cli\n"
+        "try: gradpursuit.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'pydantic', 'peft', 'rich', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "quickstart" in done.stdout
+
+
+def test_version_and_lazy_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+    import gradpursuit
+
+    assert gradpursuit.GradientTrajectoryPursuit.__name__ == "GradientTrajectoryPursuit"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gradpursuit.nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+        (["warmup", "nowhere"], "nowhere: no such configuration file"),
+        (["ruin"], "invalid choice: 'ruin'"),
+        ([], "required: VERB"),
+        (["run", "x.yaml", "--selection.k"], "'--selection.k' has no value"),
+        (["run", "x.yaml", "--colour"], "unrecognized arguments: --colour"),
+        (["quickstart", "--selection.kk", "3"], "unknown key 'kk' in section 'selection'; did you mean 'k'?"),
+        (["quickstart", "--selection.strategies", "[gtp, lest]"], "unknown strategy 'lest'; did you mean 'less'?"),
+        (["quickstart", "--warmup.fraction", "2"], "'warmup.fraction' = 2"),
+    ],
+)
+def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in fails(arguments, capsys)
+
+
+def test_wrong_configurations(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["run", str(job.path)]
+    for setting, words in (
+        (["--pursuit.alpa", "1"], "unknown key 'alpa' in section 'pursuit'; did you mean 'alpha'?"),
+        (["--selektion.k", "1"], "unknown key 'selektion'; did you mean 'selection'?"),
+        (["--selection.fraction", "0.5"], "k and fraction are both given"),
+        (["--selection.strategies", "[gtpp]"], "unknown strategy 'gtpp'; did you mean 'gtp'?"),
+        (["--gradients.preconditioner", "adamw"], "'gradients.preconditioner' = 'adamw'"),
+        (["--selection.k", "1000"], "selection.k = 1000, but the cleaned pool has only 31 examples"),
+        (["--model.path", "./none"], "model.path './none': no such folder"),
+        (["--model.path", "./none.gguf"], "no such GGUF file"),
+        (["--model.device", "warp9"], "model.device 'warp9' cannot be used here"),
+        (["--model.lora.target_modules", "nothing_like_it"], "target_modules='nothing_like_it'"),
+        (["--warmup.checkpoints", "500"], "raise warmup.fraction or warmup.epochs"),
+        (["--data.max_tokens", "9"], "31 of 31 rows of the pool cannot be used (31 × longer than max_tokens"),
+    ):
+        assert words in fails([*run, *setting], capsys)
+    assert not (job.run_dir / "selection").exists()
+    assert not list(job.run_dir.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("pool", None, "pool.jsonl: cannot be read: No such file or directory"),
+        ("pool", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "pool.jsonl:2: not valid JSON"),
+        ("pool", '{"question": "a", "answer": "b"}\n', "pool.jsonl:1: columns found: 'question', 'answer'; expected"),
+        ("pool", '{"prompt": "a", "completion": "b", "rank": 1}\n', "pool.jsonl:1: the column 'rank'"),
+        ("target", "", "target.jsonl: holds no examples"),
+        ("target", '["a"]\n', "target.jsonl:1: expected a JSON object, found list"),
+        ("heldout", '{"messages": [{"role": "user", "content": "a"}]}\n', "1 × no supervised token"),
+    ],
+)
+def test_wrong_files(job: Job, name: str, content: str | None, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = job.folder / f"{name}.jsonl"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    assert words in fails(["run", str(job.path)], capsys)
+    assert not (job.run_dir / "trajectory").exists()
+
+
+def test_a_pool_that_leaks_the_target_is_cleaned_and_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.write("pool.jsonl", [job.row(i) for i in range(8)] + [job.row(2, "times"), job.row(7, "times")])
+    assert main(["warmup", str(job.path)]) == 0
+    assert "dropped 2 rows of pool: same content as a row of target or heldout" in capsys.readouterr().err
+    dropped = [json.loads(line) for line in (job.run_dir / "data/dropped.jsonl").read_text().splitlines()]
+    assert [(record["id"], record["line"]) for record in dropped] == [("times-2", 9), ("times-7", 10)]
+
+
+def test_a_checkpoint_whose_optimizer_does_not_fit(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    assert main(["warmup", str(job.path)]) == 0
+    path = job.run_dir / "trajectory/checkpoint-2/moments.safetensors"
+    moments = load_file(path)
+    name = sorted(moments)[0]
+    save_file({**moments, name: moments[name][:-1].contiguous()}, path)
+    message = fails(["collect", str(job.run_dir)], capsys)
+    assert "moments.safetensors" in message
+    assert name.removeprefix("m.") in message
+    assert "has shape" in message
+
+
+def test_a_full_disk_is_told_before_the_gradients(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["warmup", str(job.path)]) == 0
+
+    class Usage:
+        free = 70 << 20
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: Usage)
+    message = fails(["collect", str(job.run_dir), "--gradients.dim", "500000"], capsys)
+    assert "the gradient store needs" in message
+    assert "70 MiB are free" in message
+    assert not list(job.run_dir.rglob("shard-*"))
+
+
+def test_an_unwritable_run_folder(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    (job.folder / "file").write_text("")
+    message = fails(["run", str(job.path), "--run-dir", str(job.folder / "file" / "run")], capsys)
+    assert "cannot be written" in message
+
+
+def test_run_folder_and_flags_may_stand_anywhere(job: Job) -> None:
+    assert main(["warmup", "--selection.k", "3", str(job.path), "--seed=4"]) == 0
+    config = (job.run_dir / "config.yaml").read_text()
+    assert "seed: 4" in config
+    assert "k: 3" in config
+
+
+def test_messages_schema_and_a_split_of_the_target(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    def messages(row: dict[str, object]) -> dict[str, object]:
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        return {"messages": turns}
+
+    job.write("pool.jsonl", [messages(job.row(i)) for i in range(20)])
+    job.write("target.jsonl", [messages(job.row(i, "times")) for i in range(10)])
+    job.save(data={"heldout": []})
+    assert main(["run", str(job.path)]) == 0
+    printed = capsys.readouterr()
+    assert "3 of 10 target rows are set aside for scoring" in printed.err
+    assert "mean after" in printed.out
+    assert Path(job.run_dir / "selection/gtp/selected.jsonl").read_text().count('"messages"') == 5

@@ -1,0 +1,206 @@
+"""The configuration: one object from YAML and flags, round trips, and one line for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from gradpursuit.config import RunConfig, build_config, load_config
+from gradpursuit.errors import ConfigError, GradPursuitError, nearest
+
+MINIMAL = "model:\n  path: some/model\ndata:\n  pool: pool.jsonl\n  target: [a.jsonl, b.jsonl]\n"
+
+
+def load(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path, overrides)
+
+
+def message(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_minimal_file_and_defaults(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL)
+    assert config.data.pool == ["pool.jsonl"]
+    assert config.data.target == ["a.jsonl", "b.jsonl"]
+    assert config.gradients.preconditioner == "adam-symmetric"
+    assert config.model.lora.r == 8
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["run_dir='runs/größe: 1'", "seed=7", "selection.k=3", "model.lora.target_modules=[q_proj, v_proj]"],
+        ["warmup.learning_rate=1e-6", "pursuit.tol=1e-12", "pursuit.max_coherence=null", "data.heldout=h.jsonl"],
+        ["selection.fraction=0.05", "selection.strategies=[gtp]", "evaluation.use_weights=true", "run_dir='0123'"],
+    ],
+)
+def test_dump_and_load_are_inverse(tmp_path: Path, overrides: list[str]) -> None:
+    config = load(tmp_path, MINIMAL, *overrides)
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(), encoding="utf-8")
+    assert load_config(again) == config
+    assert load_config(again).dump() == config.dump()
+
+
+def test_dump_holds_every_field(tmp_path: Path) -> None:
+    tree = yaml.safe_load(load(tmp_path, MINIMAL).dump())
+    assert set(tree) == set(RunConfig.model_fields)
+    assert tree["model"]["lora"] == {"r": 8, "alpha": 16, "target_modules": "all-linear"}
+
+
+def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
+    text = MINIMAL + "warmup:\n  epochs: 9\n"
+    config = load(
+        tmp_path, text, "warmup.epochs=2", "model.lora.r=4", "warmup.learning_rate=5e-5", "pursuit.balance=false",
+        "data.pool=[x.jsonl, y.jsonl]", "data.target=z.jsonl", "model.revision='1234'",
+    )  # fmt: skip
+    assert (config.warmup.epochs, config.model.lora.r, config.warmup.learning_rate) == (2, 4, 5e-5)
+    assert config.pursuit.balance is False
+    assert config.data.pool == ["x.jsonl", "y.jsonl"]
+    assert config.data.target == ["z.jsonl"]
+    assert config.model.revision == "1234"
+
+
+def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+    """YAML 1.1 takes 2e-4 for text; the field still is the number."""
+    config = load(tmp_path, MINIMAL + "warmup:\n  learning_rate: 2e-4\n  fraction: 1\n")
+    assert config.warmup.learning_rate == 2e-4
+    assert config.warmup.fraction == 1.0
+
+
+def test_override_of_an_empty_section(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL + "warmup:\n", "warmup.epochs=4").warmup.epochs == 4
+
+
+def test_config_is_frozen(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL)
+    with pytest.raises(ValidationError):
+        config.warmup.epochs = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("extra", "parts"),
+    [
+        ("warmpu:\n  epochs: 1\n", ["unknown key 'warmpu'", "did you mean 'warmup'?", "gradients"]),
+        ("warmup:\n  epoch: 1\n", ["unknown key 'epoch' in section 'warmup'", "did you mean 'epochs'?"]),
+        ("zzz: 1\n", ["unknown key 'zzz'; known: data,"]),
+        ("gradients:\n  preconditoner: adam\n", ["in section 'gradients'", "did you mean 'preconditioner'?"]),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path: Path, extra: str, parts: list[str]) -> None:
+    text = message(tmp_path, MINIMAL + extra)
+    assert all(part in text for part in [*parts, "c.yaml"]), text
+
+
+def test_unknown_key_two_levels_down(tmp_path: Path) -> None:
+    text = message(tmp_path, MINIMAL, "model.lora.rank=4", "model.lora.alhpa=1")
+    assert "unknown key 'rank' in section 'model.lora'" in text
+    assert "'alhpa' in section 'model.lora'; did you mean 'alpha'?" in text
+    assert len(text.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("warmup.epochs=0", "'warmup.epochs' = 0"),
+        ("warmup.epochs=many", "'warmup.epochs' = 'many'"),
+        ("warmup.epochs=2.5", "'warmup.epochs' = 2.5"),
+        ("warmup.fraction=0", "'warmup.fraction' = 0"),
+        ("warmup.fraction=1.1", "'warmup.fraction' = 1.1"),
+        ("warmup.learning_rate=-1", "'warmup.learning_rate' = -1"),
+        ("warmup.learning_rate=.inf", "'warmup.learning_rate' = inf"),
+        ("pursuit.alpha=.nan", "'pursuit.alpha' = nan"),
+        ("pursuit.alpha=.inf", "'pursuit.alpha' = inf"),
+        ("gradients.preconditioner=sgd", "'adam-symmetric', 'adam', 'adam-centered' or 'identity'"),
+        ("gradients.dim=3", "'gradients.dim' = 3"),
+        ("gradients.shard_rows=5000", "'gradients.shard_rows' = 5000"),
+        ("evaluation.holdout=1", "'evaluation.holdout' = 1"),
+        ("selection.strategies=[]", "'selection.strategies' = []"),
+        ("selection.strategies=[gtp, gtp]", "listed twice"),
+        ("data.pool=5", "'data.pool' = 5"),
+        ("warmup=5", "'warmup' = 5"),
+        ("seed=-1", "'seed' = -1"),
+    ],
+)
+def test_bad_values_are_named(tmp_path: Path, override: str, part: str) -> None:
+    text = message(tmp_path, MINIMAL, override)
+    assert part in text
+    assert len(text.splitlines()) == 1
+    assert "Value error" not in text
+
+
+def test_both_budgets(tmp_path: Path) -> None:
+    assert "k and fraction are both given" in message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
+
+
+def test_missing_sections_and_keys(tmp_path: Path) -> None:
+    text = message(tmp_path, "seed: 1\n")
+    assert "'model' is missing and has no default" in text
+    assert "'data' is missing and has no default" in text
+    assert "'data.target' is missing" in message(tmp_path, "model: {path: m}\ndata: {pool: p}\n")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "just text\n", "5\n"])
+def test_not_sections(tmp_path: Path, text: str) -> None:
+    assert "expected sections such as 'model:'" in message(tmp_path, text)
+
+
+@pytest.mark.parametrize("text", ["a: [1\n", "a: b: c\n", "\ta: 1\n", "a: 2024-13-45\n", "a: \x01\n"])
+def test_not_yaml(tmp_path: Path, text: str) -> None:
+    found = message(tmp_path, text)
+    assert "c.yaml: not valid YAML" in found
+    assert "\n" not in found
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"a: \xff\xfe\n")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "b.yaml")
+
+
+def test_bad_flags(tmp_path: Path) -> None:
+    assert "flag '--warmup.epochs' has no value" in message(tmp_path, MINIMAL, "warmup.epochs")
+    assert "'path' is a value, not a section" in message(tmp_path, MINIMAL, "model.path.x=1")
+    assert "unknown key ''" in message(tmp_path, MINIMAL, "=1")
+    assert load(tmp_path, MINIMAL, "run_dir=[a").run_dir == "[a"
+    assert load(tmp_path, MINIMAL, "run_dir=2024-13-45").run_dir == "2024-13-45"
+
+
+def test_build_config_names_its_origin() -> None:
+    tree: dict[Any, Any] = {"model": {"path": "m"}, "data": {"pool": "p", "target": "t"}, 5: 1}
+    with pytest.raises(ConfigError, match="the flags: "):
+        build_config(tree, "the flags")
+
+
+def test_every_field_is_documented() -> None:
+    def check(section: Any) -> None:
+        assert section.__doc__
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                check(inner)
+            else:
+                assert field.description, f"{section.__name__}.{name}"
+
+    check(RunConfig)
+
+
+def test_nearest_and_the_hierarchy() -> None:
+    assert nearest("gpt", ["omp", "gtp"]) == "did you mean 'gtp'? known: gtp, omp"
+    assert nearest("zzzzz", ["omp", "gtp"]) == "known: gtp, omp"
+    assert issubclass(ConfigError, GradPursuitError)
+    assert GradPursuitError.exit_code == 2

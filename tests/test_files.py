@@ -1,0 +1,173 @@
+"""Files are whole or absent, and what the disk refuses becomes one clear message."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gradpursuit.errors import RunError
+from gradpursuit.files import disk_error, read_json, require_space, sha256_of, write_atomic, write_json, write_text
+
+
+def write_half(path: Path, error: BaseException) -> None:
+    with write_atomic(path) as file:
+        file.write(b"half")
+        raise error
+
+
+def test_file_appears_whole_and_only_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "a.bin"
+    with write_atomic(path) as file:
+        file.write(b"abc")
+        assert not path.exists()
+    assert path.read_bytes() == b"abc"
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(1), MemoryError()])
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old")
+    with pytest.raises(type(error)):
+        write_half(path, error)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_file_system_error_inside_the_block(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"a\.bin: no space left on the disk"), write_atomic(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
+def test_network_errors_pass_through(tmp_path: Path) -> None:
+    """`requests` raises OSErrors too: a broken connection is no fault of the disk."""
+    import requests
+
+    with pytest.raises(requests.ConnectionError):
+        write_half(tmp_path / "a.bin", requests.ConnectionError("broken"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(RunError, match=r"f/a\.bin: cannot be written"), write_atomic(tmp_path / "f" / "a.bin"):
+        pytest.fail("the block must not be entered")
+    with pytest.raises(RunError, match="cannot be written"), write_atomic(tmp_path / "f" / "g" / "a.bin"):
+        pytest.fail("the block must not be entered")
+
+
+def test_target_that_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(RunError, match="cannot be written: Is a directory"):
+        write_text(tmp_path / "a", "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_stale_part_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.part").write_text("something much longer than the new text")
+    write_text(tmp_path / "a.txt", "ü👋")
+    assert (tmp_path / "a.txt").read_bytes() == "ü👋".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_json_round_trip_and_refusal_of_nan(tmp_path: Path) -> None:
+    value = {"ü": [1, 2.5, None, True], "x": {"y": "z"}}
+    write_json(tmp_path / "a.json", value)
+    assert read_json(tmp_path / "a.json") == value
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(tmp_path / "a.json", float("nan"))
+    assert read_json(tmp_path / "a.json") == value
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
+def test_unreadable_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(RunError, match=r"a\.json: cannot be read: .*delete it and run the stage again"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(RunError, match="not there"):
+        read_json(tmp_path / "b.json")
+    with pytest.raises(RunError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    with pytest.raises(RunError, match="No such file"):
+        sha256_of(tmp_path / "b")
+
+
+def test_require_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 164 << 20
+    asked: list[Path] = []
+
+    def usage(path: Path) -> object:
+        asked.append(path)
+        return shutil._ntuple_diskusage(1 << 40, 0, free)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    folder = tmp_path / "not" / "yet"
+    require_space(folder, 100 << 20, "the store")
+    assert asked == [tmp_path]
+    message = r"the store needs 101 MiB under .*yet, where 164 MiB are free \(64 MiB are kept in reserve\); free some"
+    with pytest.raises(RunError, match=message):
+        require_space(folder, 101 << 20, "the store")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_error_tells_a_full_disk_from_others(tmp_path: Path, number: int) -> None:
+    message = str(disk_error(OSError(number, "x"), tmp_path / "a"))
+    assert "no space left" in message
+    assert "finished work is kept" in message
+    assert "Permission denied" in str(disk_error(PermissionError(errno.EACCES, "Permission denied"), tmp_path / "a"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or mount is None:
+        pytest.skip("mounting a small disk needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(small_disk: Path) -> None:
+    write_text(small_disk / "a.txt", "kept")
+    with pytest.raises(RunError, match="no space left on the disk"), write_atomic(small_disk / "b.bin") as file:
+        file.write(bytes(4 << 20))
+    with pytest.raises(RunError, match="no space left on the disk"):
+        write_text(small_disk / "a.txt", "x" * (4 << 20))
+    assert [p.name for p in small_disk.iterdir()] == ["a.txt"]
+    assert (small_disk / "a.txt").read_text() == "kept"
+    with pytest.raises(RunError, match="MiB are free"):
+        require_space(small_disk, 1, "anything")
+
+
+def test_full_disk_under_store_and_table(small_disk: Path) -> None:
+    import numpy as np
+
+    from gradpursuit.data import Row, Table
+    from gradpursuit.store import Shard
+    from gradpursuit.store.shards import write_shard
+
+    rng = np.random.default_rng(0)
+    ones = np.ones(600, np.float32)
+    big = Shard(rng.random((600, 1000), dtype=np.float32), ones, ones, ones.astype(np.int32), np.arange(600))
+    with pytest.raises(RunError, match="no space left"):
+        write_shard(small_disk / "s.safetensors", big, "f")
+    rows = [Row(str(i), "h", "s", i, rng.bytes(4000).hex(), [1], [1]) for i in range(600)]
+    with pytest.raises(RunError, match="no space left"):
+        Table(rows).write(small_disk / "t.parquet")
+    assert not list(small_disk.iterdir())

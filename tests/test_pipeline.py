@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Job
+from gradpursuit import pipeline
+from gradpursuit.cli import main
+from gradpursuit.config import load_config
+from gradpursuit.errors import RunError, SelectionError
+from gradpursuit.manifest import Manifest
+from gradpursuit.pipeline import STAGES, Run
+
+STAGE_NAMES = [stage.name for stage in STAGES]
+
+
+def chosen(folder: Path) -> dict[str, bytes]:
+    """The exported bytes of every strategy."""
+    return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("selection/*/selected.jsonl"))}
+
+
+def executed(folder: Path) -> dict[str, str]:
+    return {name: entry["started"] for name, entry in Manifest(folder).read()["stages"].items()}
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the stages whose work is done from now on."""
+    done: list[str] = []
+
+    def wrap(stage: Any) -> Any:
+        def work(run: Run) -> dict[str, Any]:
+            done.append(stage.name)
+            return stage.work(run)
+
+        return pipeline.Stage(**{**vars(stage), "work": work})
+
+    monkeypatch.setattr(pipeline, "STAGES", tuple(wrap(stage) for stage in STAGES))
+    return done
+
+
+@pytest.fixture
+def finished(job: Job) -> Job:
+    assert main(["run", str(job.path)]) == 0
+    return job
+
+
+def test_a_run_leaves_the_folder_of_the_design(finished: Job) -> None:
+    folder = finished.run_dir
+    for name in (
+        "config.yaml",
+        "manifest.json",
+        "log.txt",
+        "report.html",
+        "report.json",
+        "data/pool.parquet",
+        "data/target.parquet",
+        "data/heldout.parquet",
+        "data/dropped.jsonl",
+        "trajectory/checkpoint-1/adapter_model.safetensors",
+        "trajectory/checkpoint-2/moments.safetensors",
+        "gradients/pool/adam-symmetric/checkpoint-2/shard-00003.safetensors",
+        "gradients/pool/adam-uncorrected/manifest.json",
+        "gradients/target/identity/manifest.json",
+        "selection/gtp/selection.parquet",
+        "selection/gtp/path.json",
+        "evaluation/results.jsonl",
+        "evaluation/table.csv",
+    ):
+        assert (folder / name).is_file(), name
+    assert not list(folder.rglob("*.part"))
+    assert set(chosen(folder)) == {"gtp", "less", "random"}
+    for exported in chosen(folder).values():
+        rows = [json.loads(line) for line in exported.decode().splitlines()]
+        assert len(rows) == 5
+        assert sum(row["weight"] for row in rows) / 5 == pytest.approx(1)
+        assert sorted(row["rank"] for row in rows) == [1, 2, 3, 4, 5]
+        originals = {
+            row["id"]: row for row in map(json.loads, (finished.folder / "pool.jsonl").read_text().splitlines())
+        }
+        for row in rows:
+            assert originals[row["id"]].items() <= row.items()
+    manifest = Manifest(folder).read()
+    assert [entry["state"] for entry in manifest["stages"].values()] == ["complete"] * len(STAGES)
+    assert manifest["packages"]["torch"]
+    losses = [line["after"] for line in json.loads((folder / "report.json").read_text())["comparison"]]
+    assert all(0 < loss < 20 for loss in losses)
+
+
+def test_a_finished_run_is_not_run_again_and_replays_elsewhere(
+    finished: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done, before = counted(monkeypatch), chosen(finished.run_dir)
+    assert main(["run", str(finished.run_dir / "config.yaml")]) == 0
+    assert done == []
+    assert main(["run", str(finished.run_dir / "config.yaml"), "--run-dir", str(tmp_path / "elsewhere")]) == 0
+    assert done == STAGE_NAMES
+    assert chosen(tmp_path / "elsewhere") == before
+
+
+@pytest.mark.parametrize("last", STAGE_NAMES[:-1])
+def test_killed_after_any_stage_the_run_ends_with_the_same_selection(
+    finished: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: str
+) -> None:
+    config = load_config(finished.path).model_copy(update={"run_dir": str(tmp_path / "killed")})
+    Run(config).execute(last)
+    done = counted(monkeypatch)
+    Run(config).execute("report")
+    assert done == STAGE_NAMES[STAGE_NAMES.index(last) + 1 :]
+    assert chosen(tmp_path / "killed") == chosen(finished.run_dir)
+
+
+def test_killed_in_the_middle_of_the_gradients_finished_shards_are_kept(finished: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "gradpursuit.cli", "run", str(finished.path), "--run-dir", str(folder)]
+    shard = folder / "gradients" / "pool" / "adam-symmetric" / "checkpoint-1" / "shard-00001.safetensors"
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not shard.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert shard.is_file()
+    kept = shard.stat().st_mtime_ns
+    assert "selection" not in executed(folder), "the run was over before it could be killed"
+    assert main(["run", str(finished.path), "--run-dir", str(folder)]) == 0
+    assert shard.stat().st_mtime_ns == kept
+    assert chosen(folder) == chosen(finished.run_dir)
+
+
+def test_only_what_a_changed_setting_touches_is_made_anew(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = counted(monkeypatch)
+    run = ["run", str(finished.path)]
+    assert main([*run, "--evaluation.epochs", "2"]) == 0
+    assert done == ["evaluation", "report"]
+    done.clear()
+    assert main([*run, "--evaluation.epochs", "2", "--selection.k", "4"]) == 0
+    assert done == ["selection", "export", "evaluation", "report"]
+    assert all(len(text.splitlines()) == 4 for text in chosen(finished.run_dir).values())
+    done.clear()
+    assert main([*run, "--warmup.learning_rate", "0.02"]) == 0
+    assert done == STAGE_NAMES[1:]
+    done.clear()
+    finished.write("pool.jsonl", [finished.row(i) for i in range(25)])
+    assert main([*run, "--warmup.learning_rate", "0.02"]) == 0
+    assert done == STAGE_NAMES
+
+
+def test_damaged_or_deleted_outputs_are_made_again(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = chosen(finished.run_dir)
+    shards = sorted((finished.run_dir / "gradients/pool/adam-symmetric").rglob("*.safetensors"))
+    content = bytearray(shards[2].read_bytes())
+    content[-5] ^= 1
+    shards[2].write_bytes(content)
+    shards[5].unlink()
+    untouched = shards[0].stat().st_mtime_ns
+    (finished.run_dir / "selection/gtp/selected.jsonl").unlink()
+    done = counted(monkeypatch)
+    assert main(["run", str(finished.path)]) == 0
+    assert done == ["gradients", "export"]
+    assert shards[0].stat().st_mtime_ns == untouched
+    content[-5] ^= 1
+    assert shards[2].read_bytes() == bytes(content)
+    assert chosen(finished.run_dir) == before
+
+
+def test_stages_run_one_by_one_and_in_order_only(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RunError, match="'selection' needs 'data', which is not complete.*gradpursuit warmup"):
+        Run(load_config(job.path)).execute("selection", first="selection")
+    assert not (job.run_dir / "manifest.json").exists()
+    done = counted(monkeypatch)
+    for verb, stages in (
+        ("warmup", ["data", "trajectory"]),
+        ("collect", ["gradients"]),
+        ("select", ["selection"]),
+        ("export", ["export"]),
+        ("compare", ["evaluation", "report"]),
+    ):
+        done.clear()
+        assert main([verb, str(job.path if verb == "warmup" else job.run_dir)]) == 0
+        assert done == stages
+
+
+def test_selection_does_not_depend_on_shard_size_or_batch(finished: Job, tmp_path: Path) -> None:
+    settings = ["--gradients.shard_rows", "31", "--gradients.tokens_per_batch", "100"]
+    assert main(["run", str(finished.path), "--run-dir", str(tmp_path / "other"), *settings]) == 0
+    for name, text in chosen(finished.run_dir).items():
+        mine = [json.loads(line) for line in text.splitlines()]
+        other = [json.loads(line) for line in chosen(tmp_path / "other")[name].splitlines()]
+        assert [row["id"] for row in mine] == [row["id"] for row in other]
+        assert [row["weight"] for row in mine] == pytest.approx([row["weight"] for row in other], rel=1e-3)
+
+
+def test_exact_copies_are_chosen_at_most_once_by_the_pursuit(job: Job) -> None:
+    rows = [{**job.row(i), "id": f"{i}-{c}"} for i in range(12) for c in range(3)]
+    job.write("pool.jsonl", rows)
+    job.save(selection={"strategies": ["gtp", "less"], "k": 8})
+    assert main(["run", str(job.path)]) == 0
+    ids = [json.loads(line)["id"].split("-")[0] for line in chosen(job.run_dir)["gtp"].splitlines()]
+    assert len(ids) == len(set(ids)) == 8
+    greedy = [json.loads(line)["id"].split("-")[0] for line in chosen(job.run_dir)["less"].splitlines()]
+    assert len(set(greedy)) < 8, "top-k takes copies: without them this test would show nothing"
+
+
+def test_k_larger_than_the_pool_is_refused_before_any_training(job: Job) -> None:
+    job.save(selection={"k": 32})
+    with pytest.raises(SelectionError, match=r"selection\.k = 32, but the cleaned pool has only 31"):
+        Run(load_config(job.path)).execute("report")
+    assert not (job.run_dir / "trajectory").exists()
+
+
+def test_gpu_and_cpu_choose_alike(finished: Job, tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    arguments = ["run", str(finished.path), "--run-dir", str(tmp_path / "gpu"), "--model.device", "cuda"]
+    assert main(arguments) == 0
+    mine = {json.loads(line)["id"] for line in chosen(finished.run_dir)["gtp"].splitlines()}
+    other = {json.loads(line)["id"] for line in chosen(tmp_path / "gpu")["gtp"].splitlines()}
+    assert len(mine & other) >= 4
