@@ -32,7 +32,7 @@ def test_help_and_import_load_nothing_heavy() -> None:
         "import sys, gradpursuit, gradpursuit.cli\n"
         "try: gradpursuit.cli.main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'pydantic', 'peft', 'rich', 'pyarrow'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'scipy', 'pydantic', 'rich', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

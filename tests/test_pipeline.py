@@ -171,7 +171,7 @@ def test_damaged_or_deleted_outputs_are_made_again(finished: Job, monkeypatch: p
 
 
 def test_stages_run_one_by_one_and_in_order_only(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RunError, match="'selection' needs 'data', which is not complete.*gradpursuit warmup"):
+    with pytest.raises(RunError, match=r"'selection' needs 'data', which is not complete.*gradpursuit warmup"):
         Run(load_config(job.path)).execute("selection", first="selection")
     assert not (job.run_dir / "manifest.json").exists()
     done = counted(monkeypatch)

@@ -40,7 +40,7 @@ class ModelSection(Section):
 
     path: str = Field(description="folder, hub id, or a GGUF file of a causal language model")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
-    device: str = Field("auto", description="'auto' (CUDA when there is one), 'cpu', 'cuda', 'cuda:1' ...")
+    device: str = Field("auto", description="'auto' (CUDA when there is one), 'cpu' or 'cuda'")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description="arithmetic of forward and backward; weights and gradients stay float32. "

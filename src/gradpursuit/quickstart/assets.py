@@ -149,6 +149,7 @@ def _extract_tasks(archive: Path, missing: dict[str, Path]) -> None:
 def _download(archive: Archive, path: Path) -> None:
     import requests
     from pypi_simple import PYPI_SIMPLE_ENDPOINT, NoSuchProjectError, PyPISimple
+    from pypi_simple.errors import UnsupportedContentTypeError, UnsupportedRepoVersionError
 
     index = os.environ.get("PIP_INDEX_URL") or PYPI_SIMPLE_ENDPOINT
     hint = "check the network, or set PIP_INDEX_URL to a package index that can be reached"
@@ -166,6 +167,8 @@ def _download(archive: Archive, path: Path) -> None:
                 _save_blocks(response.iter_content(1 << 18), path, progress)
     except NoSuchProjectError:
         raise DownloadError(f"the package index has no project '{archive.project}'; {hint}") from None
+    except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
+        raise DownloadError(f"PIP_INDEX_URL does not lead to a package index: {error}; {hint}") from None
     except requests.RequestException as error:
         raise DownloadError(f"{archive.filename} could not be fetched ({type(error).__name__}); {hint}") from error
 

@@ -48,6 +48,11 @@ class Compute:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"model.device '{config.device}' cannot be used here: {reason}") from None
+        if device.index:
+            raise ConfigError(
+                f"model.device '{config.device}': training uses the first visible GPU; set CUDA_VISIBLE_DEVICES="
+                f"{device.index} and give model.device: cuda"
+            )
         if config.precision == "float32":
             return cls(device, None)
         if config.precision == "bfloat16" or _fast_bfloat16(device):

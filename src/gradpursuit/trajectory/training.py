@@ -151,7 +151,7 @@ class _StepCallback(TrainerCallback):
 
 
 def _arguments(spec: TrainSpec, folder: str, compute: Compute) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=folder,
         max_steps=spec.steps,
         per_device_train_batch_size=spec.batch_size,
@@ -167,3 +167,5 @@ def _arguments(spec: TrainSpec, folder: str, compute: Compute) -> TrainingArgume
         remove_unused_columns=False,
         dataloader_pin_memory=compute.device.type == "cuda",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several visible GPUs would split and enlarge the batch
+    return arguments
