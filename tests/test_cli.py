@@ -174,3 +174,31 @@ def test_messages_schema_and_a_split_of_the_target(job: Job, capsys: pytest.Capt
     assert "3 of 10 target rows are set aside for scoring" in printed.err
     assert "mean after" in printed.out
     assert Path(job.run_dir / "selection/gtp/selected.jsonl").read_text().count('"messages"') == 5
+
+
+def test_a_moved_run_folder_is_used_where_it_is(job: Job) -> None:
+    assert main(["warmup", str(job.path)]) == 0
+    moved = job.folder / "moved"
+    job.run_dir.rename(moved)
+    assert main(["collect", str(moved)]) == 0
+    assert (moved / "gradients/pool").is_dir()
+    assert not job.run_dir.exists()
+
+
+def test_memory_and_disk_errors_are_one_message(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from gradpursuit.trajectory import warmup
+
+    def fail_with(error: BaseException) -> None:
+        def train(*_args: object, **_options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(warmup, "train", train)
+
+    fail_with(torch.OutOfMemoryError("tried to allocate"))
+    assert "trajectory: out of memory on cpu; lower gradients.tokens_per_batch" in fails(["run", str(job.path)], capsys)
+    fail_with(OSError(28, "No space left on device", "/somewhere"))
+    assert "/somewhere: No space left on device; finished work is kept" in fails(["run", str(job.path)], capsys)

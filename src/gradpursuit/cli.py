@@ -37,6 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.clear_line()
         print(f"gradpursuit: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # the disk, wherever it fails
+        console.clear_line()
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"gradpursuit: error: {place}{error.strerror or error}; finished work is kept", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         console.clear_line()
         print("gradpursuit: interrupted; the same command goes on where it stopped", file=sys.stderr)
@@ -65,8 +70,10 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
     first, last, _ = STAGE_VERBS[arguments.name]
     path = Path(arguments.run)
+    if path.is_dir():  # wherever it was made
+        path, overrides = path / "config.yaml", [*overrides, f"run_dir={path}"]
     _quiet_libraries()
-    _execute(_load(path / "config.yaml" if path.is_dir() else path, overrides), last, first)
+    _execute(_load(path, overrides), last, first)
 
 
 def _execute(config: RunConfig, upto: str, first: str | None = None) -> None:
@@ -184,6 +191,7 @@ def _log_file(folder: Path) -> logging.Handler:
         handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
     except OSError as error:
         raise disk_error(error, folder) from error
+    logging.raiseExceptions = False  # a full disk is told once, by whatever stage meets it
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("gradpursuit").addHandler(handler)
     return handler

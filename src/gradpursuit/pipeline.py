@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.config import RunConfig
-from gradpursuit.errors import ConfigError, RunError, SelectionError, StoreError
+from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, StoreError
 from gradpursuit.files import sha256_of, write_text
 from gradpursuit.manifest import Manifest
 
@@ -109,8 +109,19 @@ class Run:
         write_text(self.folder / "config.yaml", self.config.dump())
         self.manifest.begin(stage.name, fingerprint, self.config.seed)
         start = time.monotonic()
-        detail = stage.work(self)
+        detail = self._work(stage)
         self.manifest.complete(stage.name, time.monotonic() - start, detail)
+
+    def _work(self, stage: Stage) -> dict[str, Any]:
+        import torch
+
+        try:
+            return stage.work(self)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise ModelError(
+                f"{stage.name}: out of memory on {self.compute.device}; lower gradients.tokens_per_batch, "
+                "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
+            ) from error
 
     def _paths(self, stage: Stage) -> list[Path]:
         names = self.config.selection.strategies

@@ -213,6 +213,7 @@ def record(layer: int, iteration: int, fit: SupportFit) -> PathRecord:
         "pursuit layer %d iteration %d: %d atoms, relative residual %.6f, relative objective %.6g",
         *made[:4],
         2 * made.objective,
+        extra={"progress": True},
     )
     return made
 
