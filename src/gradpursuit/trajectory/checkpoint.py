@@ -6,7 +6,6 @@ One folder per checkpoint: `adapter_model.safetensors` and `adapter_config.json`
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gradpursuit.errors import RunError, TrajectoryError
-from gradpursuit.files import disk_error, read_json, write_atomic, write_json
+from gradpursuit.files import read_json, write_atomic, write_folder, write_json
 from gradpursuit.trajectory.model import trainable
 
 if TYPE_CHECKING:
@@ -96,8 +95,6 @@ def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Opti
     Raises:
         TrajectoryError: the optimizer holds no Adam moments.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     parameters = trainable(model)
     tensors = {}
     for name, parameter in parameters.items():
@@ -109,17 +106,13 @@ def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Opti
         tensors[f"m.{name}"] = moments["exp_avg"]
         tensors[f"v.{name}"] = moments["exp_avg_sq"]
     group = optimizer.param_groups[0]
-    _save(part / "moments.safetensors", tensors)
-    _save(part / "adapter_model.safetensors", dict(parameters))
     beta1, beta2 = group["betas"]
-    write_json(part / "state.json", {**state, "beta1": beta1, "beta2": beta2, "eps": group["eps"]})
-    try:
+    with write_folder(folder) as part:
+        _save(part / "moments.safetensors", tensors)
+        _save(part / "adapter_model.safetensors", dict(parameters))
+        write_json(part / "state.json", {**state, "beta1": beta1, "beta2": beta2, "eps": group["eps"]})
         model.peft_config["default"].save_pretrained(str(part))
         _sort_lists(part / "adapter_config.json")
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except OSError as error:
-        raise disk_error(error, folder) from error
 
 
 def read_trajectory(folder: Path) -> list[Checkpoint]:
@@ -154,8 +147,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 def _sort_lists(path: Path) -> None:
     """Order the names in an adapter's settings: `peft` writes its sets in an order that changes from run to run."""
     config = read_json(path)
-    write_json(path, {k: sorted(v) if k in ("target_modules", "exclude_modules") and isinstance(v, list) else v
-                      for k, v in config.items()})  # fmt: skip
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    write_json(path, config)
 
 
 def _save(path: Path, tensors: dict[str, Any]) -> None:
