@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,28 @@ def test_damaged_or_deleted_outputs_are_made_again(finished: Job, monkeypatch: p
     content[-5] ^= 1
     assert shards[2].read_bytes() == bytes(content)
     assert chosen(finished.run_dir) == before
+
+
+def test_a_lost_checkpoint_is_trained_again(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = chosen(finished.run_dir)
+    path = finished.run_dir / "trajectory/checkpoint-2"
+    content = (path / "moments.safetensors").read_bytes()
+    shutil.rmtree(path)
+    done = counted(monkeypatch)
+    assert main(["run", str(finished.path)]) == 0
+    assert done == ["trajectory"]
+    assert (path / "moments.safetensors").read_bytes() == content
+    assert chosen(finished.run_dir) == before
+
+
+def test_strategies_that_are_no_longer_asked_for_leave_nothing_behind(
+    finished: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = counted(monkeypatch)
+    assert main(["select", str(finished.run_dir), "--selection.strategies", "[omp, gtp]"]) == 2  # other features
+    assert main(["run", str(finished.path), "--selection.strategies", "[omp, gtp]"]) == 0
+    assert done == ["gradients", "selection", "export", "evaluation", "report"]
+    assert set(chosen(finished.run_dir)) == {"omp", "gtp"}
 
 
 def test_stages_run_one_by_one_and_in_order_only(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:

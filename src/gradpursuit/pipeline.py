@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.config import RunConfig
-from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, StoreError
+from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, StoreError, TrajectoryError
 from gradpursuit.files import sha256_of, write_text
 from gradpursuit.manifest import Manifest
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gradpursuit.data import Table
     from gradpursuit.evaluation.table import Line
     from gradpursuit.selection import Selection, SelectionProblem, Strategy
+    from gradpursuit.trajectory.checkpoint import Checkpoint
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
@@ -37,7 +38,8 @@ class Stage:
     Attributes:
         name: of the stage.
         verb: of the command line that runs it.
-        outputs: what it leaves in the run folder.
+        owns: folders and files of the run folder that are its alone; they are emptied before it starts anew.
+        outputs: files that are there when it is complete.
         settings: sections, or single keys of sections, that it depends on beside the stage above.
         work: does it, and returns its findings for the manifest.
         keep: whether outputs of an unfinished or outdated attempt are left for `work` to go on with: "never",
@@ -47,6 +49,7 @@ class Stage:
 
     name: str
     verb: str
+    owns: tuple[str, ...]
     outputs: tuple[str, ...]
     settings: tuple[str, ...]
     work: Callable[[Run], dict[str, Any]]
@@ -93,7 +96,7 @@ class Run:
                 self._run_stage(stage, fingerprint)
 
     def _is_complete(self, stage: Stage, fingerprint: str) -> bool:
-        done = self.manifest.is_complete(stage.name, fingerprint, self._paths(stage))
+        done = self.manifest.is_complete(stage.name, fingerprint, self._paths(stage.outputs))
         return done and (stage.intact is None or stage.intact(self))
 
     def _run_stage(self, stage: Stage, fingerprint: str) -> None:
@@ -101,7 +104,7 @@ class Run:
         if same is False:
             logger.warning("%s: settings or inputs have changed, it is made anew", stage.name)
         if stage.keep == "never" or (stage.keep == "same" and not same):
-            for path in self._paths(stage):
+            for path in self._paths(stage.owns):
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
@@ -123,9 +126,9 @@ class Run:
                 "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
             ) from error
 
-    def _paths(self, stage: Stage) -> list[Path]:
+    def _paths(self, templates: tuple[str, ...]) -> list[Path]:
         names = self.config.selection.strategies
-        return [self.folder / output.format(strategy=name) for output in stage.outputs for name in names]
+        return [self.folder / template.format(strategy=name) for template in templates for name in names]
 
     def _fingerprint(self, stage: Stage, above: str) -> str:
         """sha256 over what the stage depends on: the stage above, settings, the seed, input files."""
@@ -262,12 +265,11 @@ def _trajectory(run: Run) -> dict[str, Any]:
 
 def _gradients(run: Run) -> dict[str, Any]:
     from gradpursuit.gradients.collector import Collector, CollectSpec
-    from gradpursuit.trajectory.checkpoint import read_trajectory
     from gradpursuit.trajectory.model import attach_lora
 
     config, folder = run.config, run.folder
     kinds = list(dict.fromkeys(kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)))
-    checkpoints = read_trajectory(folder / "trajectory")
+    checkpoints = read_run_trajectory(run)
     if not kinds:
         return {"features": []}
     settings = config.gradients
@@ -291,6 +293,21 @@ def _gradients(run: Run) -> dict[str, Any]:
     return {"features": [kind.label for kind in kinds]}
 
 
+def read_run_trajectory(run: Run) -> list[Checkpoint]:
+    """The checkpoints of a run, as many as it is configured to have.
+
+    Raises:
+        TrajectoryError: one is missing or broken.
+    """
+    from gradpursuit.trajectory.checkpoint import read_trajectory
+
+    folder, wanted = run.folder / "trajectory", run.config.warmup.checkpoints
+    found = read_trajectory(folder)
+    if len(found) != wanted:
+        raise TrajectoryError(f"{folder}: holds {len(found)} of {wanted} checkpoints; run the warm-up again")
+    return found
+
+
 def load_problem(run: Run) -> SelectionProblem:
     """The selection problem of a run whose gradients are collected.
 
@@ -302,7 +319,6 @@ def load_problem(run: Run) -> SelectionProblem:
     from gradpursuit.selection import SelectionProblem
     from gradpursuit.selection.features import TrajectoryFeatures
     from gradpursuit.store import GradientStore
-    from gradpursuit.trajectory.checkpoint import read_trajectory
 
     config = run.config
     kinds = {kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)}
@@ -317,7 +333,7 @@ def load_problem(run: Run) -> SelectionProblem:
         pool=features("pool", {kind.label for kind in kinds}),
         target=features("target", {kind.for_target.label for kind in kinds}),
         groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
-        rates=np.array([c.learning_rate for c in read_trajectory(run.folder / "trajectory")]),
+        rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
         gradients=config.gradients,
         pursuit=config.pursuit,
     )
@@ -333,12 +349,25 @@ def _selection(run: Run) -> dict[str, Any]:
         draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
         chosen = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
         seconds[strategy.name] = round(time.monotonic() - start, 3)
-        if len(chosen[0].indices) < k:
-            reason = ", ".join(chosen[0].evidence.get("stop_reason", []))
-            logger.warning("%s chose %d of %d examples: %s", strategy.name, len(chosen[0].indices), k, reason)
         write_selection(run.folder / "selection" / strategy.name, chosen, pool)
         logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
+        _tell_saturation(strategy.name, chosen[0], k)
     return {"k": k, "seconds": seconds}
+
+
+def _tell_saturation(name: str, selection: Selection, k: int) -> None:
+    """Say what a pursuit could not do in one go: fill the budget, or fill it in one layer."""
+    sizes = [int((selection.layers == layer).sum()) for layer in range(1, int(selection.layers.max()) + 1)]
+    if len(sizes) > 1:
+        logger.warning(
+            "%s: saturated at %d examples; layers of %s examples match the target one after the other",
+            name,
+            sizes[0],
+            ", ".join(map(str, sizes)),
+        )
+    if sum(sizes) < k:
+        reasons = ", ".join(selection.evidence.get("stop_reason", []))
+        logger.warning("%s: chose %d of %d examples: %s", name, sum(sizes), k, reasons)
 
 
 def _export(run: Run) -> dict[str, Any]:
@@ -377,22 +406,46 @@ def _report(run: Run) -> dict[str, Any]:
     return {}
 
 
+def _trajectory_intact(run: Run) -> bool:
+    return _readable(lambda: read_run_trajectory(run))
+
+
 def _gradients_intact(run: Run) -> bool:
+    return _readable(lambda: load_problem(run))
+
+
+def _readable(read: Callable[[], object]) -> bool:
     try:
-        load_problem(run)
-    except StoreError as error:
+        read()
+    except (StoreError, TrajectoryError) as error:
         logger.warning("%s", error)
         return False
     return True
 
 
 STAGES = (
-    Stage("data", "warmup", ("data",), ("data.max_tokens", "data.max_dropped", "evaluation.holdout"), _data),
-    Stage("trajectory", "warmup", ("trajectory",), ("model", "warmup"), _trajectory),
+    Stage(
+        "data",
+        "warmup",
+        ("data",),
+        ("data/pool.parquet", "data/target.parquet", "data/heldout.parquet", "data/dropped.jsonl"),
+        ("data.max_tokens", "data.max_dropped", "evaluation.holdout"),
+        _data,
+    ),
+    Stage(
+        "trajectory",
+        "warmup",
+        ("trajectory",),
+        ("trajectory/slice.json",),
+        ("model", "warmup"),
+        _trajectory,
+        intact=_trajectory_intact,
+    ),
     Stage(
         "gradients",
         "collect",
         ("gradients",),
+        (),
         ("gradients", "selection.strategies"),
         _gradients,
         keep="always",
@@ -401,11 +454,20 @@ STAGES = (
     Stage(
         "selection",
         "select",
+        ("selection",),
         ("selection/{strategy}/selection.parquet", "selection/{strategy}/path.json"),
         ("pursuit", "selection", "evaluation.seeds"),
         _selection,
     ),
-    Stage("export", "export", ("selection/{strategy}/selected.jsonl",), (), _export),
-    Stage("evaluation", "compare", ("evaluation",), ("evaluation",), _evaluation, keep="same"),
-    Stage("report", "compare", ("report.html", "report.json"), (), _report),
+    Stage("export", "export", (), ("selection/{strategy}/selected.jsonl",), (), _export),
+    Stage(
+        "evaluation",
+        "compare",
+        ("evaluation",),
+        ("evaluation/results.jsonl", "evaluation/table.csv"),
+        ("evaluation",),
+        _evaluation,
+        keep="same",
+    ),
+    Stage("report", "compare", (), ("report.html", "report.json"), (), _report),
 )

@@ -93,8 +93,7 @@ class PursuitProblem:
         largest = float(np.abs(b).max())
         if largest == 0:
             raise PursuitError(
-                "the target gradient is zero, so every example matches it with weight zero. Check the "
-                "target rows: "
+                "the target gradient is zero, so every example matches it with weight zero. Check the target rows: "
                 "are their labels all masked, or do their gradients cancel?"
             )
         self.target_norm = largest * float(np.linalg.norm(b / largest))
@@ -163,9 +162,8 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
         matrix = as_matrix(X)
         if matrix.shape[1] != self.n_features_in_:
             raise PursuitError(
-                f"X has {matrix.shape[1]} columns, but the weights belong to {self.n_features_in_} pool "
-                "examples. "
-                "Pass the features of the same pool."
+                f"X has {matrix.shape[1]} columns, but the weights belong to {self.n_features_in_} pool examples. Pass "
+                "the features of the same pool."
             )
         return matrix.combine(self.support_, self.coef_[self.support_])
 

@@ -59,9 +59,8 @@ class DenseMatrix:
         self._X = _as_floats(X)
         if self._X.ndim != 2 or 0 in self._X.shape:
             raise PursuitError(
-                f"the gradient matrix has shape {self._X.shape}; a pursuit needs a matrix [D, N] with at "
-                "least "
-                "one row and one column. Pass the features of the pool as columns, for example `features.T`."
+                f"the gradient matrix has shape {self._X.shape}; a pursuit needs a matrix [D, N] with at least one row "
+                "and one column. Pass the features of the pool as columns, for example `features.T`."
             )
         self._squared_norms = _require_finite(self._compute_squared_norms())
 
@@ -185,16 +184,14 @@ def as_vector(values: Any, length: int, name: str) -> Float64Array:
     vector = _as_floats(values).astype(np.float64, copy=False)
     if vector.shape != (length,):
         raise PursuitError(
-            f"{name} has shape {vector.shape}, but the gradient matrix needs ({length},): one entry for "
-            "each of "
-            "its rows. Use the same checkpoints and the same projection for pool and target."
+            f"{name} has shape {vector.shape}, but the gradient matrix needs ({length},): one entry for each of its "
+            "rows. Use the same checkpoints and the same projection for pool and target."
         )
     bad = np.flatnonzero(~np.isfinite(vector))
     if bad.size:
         raise PursuitError(
-            f"{name} has {bad.size} entries that are not finite, the first {vector[bad[0]]} at index "
-            f"{bad[0]}. "
-            "Drop the examples whose gradient overflowed, or compute gradients in a wider precision."
+            f"{name} has {bad.size} entries that are not finite, the first {vector[bad[0]]} at index {bad[0]}. Drop "
+            "the examples whose gradient overflowed, or compute gradients in a wider precision."
         )
     return vector
 
@@ -218,9 +215,8 @@ def _as_shard(shard: FloatArray, t: int) -> FloatArray:
     array = np.asarray(shard)
     if array.ndim != 2 or array.dtype not in (np.float16, np.float32, np.float64):
         raise PursuitError(
-            f"a shard of checkpoint {t} has shape {array.shape} and type {array.dtype}; shards are arrays "
-            "[rows, d] "
-            "of float16, float32 or float64. Convert it before it is stacked."
+            f"a shard of checkpoint {t} has shape {array.shape} and type {array.dtype}; shards are arrays [rows, d] of "
+            "float16, float32 or float64. Convert it before it is stacked."
         )
     return array
 
@@ -229,16 +225,14 @@ def _as_scale(scale: ArrayLike, T: int, N: int) -> Float64Array:
     array = np.asarray(scale, dtype=np.float64)
     if array.shape != (T, N):
         raise PursuitError(
-            f"scale has shape {array.shape}, but {T} checkpoints of {N} rows need ({T}, {N}): one factor "
-            "for each "
-            "row of each checkpoint."
+            f"scale has shape {array.shape}, but {T} checkpoints of {N} rows need ({T}, {N}): one factor for each row "
+            "of each checkpoint."
         )
     if not np.isfinite(array).all():
         t, i = np.argwhere(~np.isfinite(array))[0]
         raise PursuitError(
-            f"scale[{t}, {i}] is {array[t, i]}: a factor must be finite. A row of norm zero cannot be "
-            "made a unit "
-            "row; drop it."
+            f"scale[{t}, {i}] is {array[t, i]}: a factor must be finite. A row of norm zero cannot be made a unit row; "
+            "drop it."
         )
     return array
 
@@ -257,9 +251,8 @@ def _stacked_layout(blocks: list[list[FloatArray]]) -> tuple[IntArray, int]:
         counts.append(sum(len(shard) for shard in shards))
     if len(set(counts)) != 1:
         raise PursuitError(
-            f"the checkpoints hold {counts} rows; every checkpoint must hold the same pool in the same "
-            "order. "
-            "Complete the unfinished checkpoint first."
+            f"the checkpoints hold {counts} rows; every checkpoint must hold the same pool in the same order. Complete "
+            "the unfinished checkpoint first."
         )
     if counts[0] == 0 or offsets[-1] == 0:
         raise PursuitError(f"the stacked features have shape [{counts[0]}, {offsets[-1]}]; there is nothing to select.")
@@ -318,10 +311,8 @@ def _require_finite(squared_norms: Float64Array) -> Float64Array:
     bad = np.flatnonzero(~np.isfinite(squared_norms))
     if bad.size:
         raise PursuitError(
-            f"{bad.size} of {len(squared_norms)} atoms hold values that are not finite (NaN, infinity or "
-            "overflow), "
-            f"the first is atom {bad[0]}. Drop these examples, or compute their gradients in a wider "
-            "precision."
+            f"{bad.size} of {len(squared_norms)} atoms hold values that are not finite (NaN, infinity or overflow), "
+            f"the first is atom {bad[0]}. Drop these examples, or compute their gradients in a wider precision."
         )
     squared_norms.flags.writeable = False
     return squared_norms

@@ -116,9 +116,8 @@ def _lengths(G: Float64Array, q: Float64Array, ridge: float) -> Float64Array:
     if impossible.any():
         i = int(np.argmax(impossible))
         raise PursuitError(
-            f"gram[{i}, {i}] is {G[i, i]} and atb[{i}] is {q[i]}: no matrix A has such products, and the "
-            "problem "
-            "has no solution. Pass gram = A.T @ A and atb = A.T @ b of the same A."
+            f"gram[{i}, {i}] is {G[i, i]} and atb[{i}] is {q[i]}: no matrix A has such products, and the problem has "
+            "no solution. Pass gram = A.T @ A and atb = A.T @ b of the same A."
         )
     return np.sqrt(np.where(squares > 0, squares, 1.0))
 
