@@ -13,7 +13,7 @@ from gradpursuit.quickstart.assets import cache_folder
 from gradpursuit.quickstart.build import build
 from gradpursuit.store import GradientStore
 
-FAMILIES = ("arithmetic", "reasoning_about_colored_objects", "qa_wikidata", "word_unscrambling")
+FAMILIES = ("arithmetic", "object_counting", "qa_wikidata", "word_unscrambling")
 
 
 @pytest.mark.real_model

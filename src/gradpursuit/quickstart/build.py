@@ -1,8 +1,9 @@
 """The quickstart's pool and target, built from BIG-bench with fixed seeds.
 
-The target is `object_counting`, a BIG-bench Hard task. The pool holds none of it, but families that share parts of
-what it asks for: adding small numbers, word problems, lists of coloured objects, odd words out; and others that
-share nothing. Some rows are repeated, exactly or with small edits, as pools in the wild repeat theirs.
+The target is `reasoning_about_colored_objects`, a BIG-bench Hard task: lists of things are described, and the answer
+is a colour, a number, yes or no. The pool holds none of it, but families that share parts of what it asks for:
+counting listed objects, naming colours, following positions; and others that share nothing. Some rows are repeated,
+exactly or with small edits, as pools in the wild repeat theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from gradpursuit.files import write_text
 from gradpursuit.quickstart.assets import bigbench_tasks
 
-TARGET = "object_counting"
+TARGET = "reasoning_about_colored_objects"
 POOL = (
     "arithmetic/2_digit_addition",
     "color/hex",
@@ -25,10 +26,10 @@ POOL = (
     "elementary_math_qa/question_only",
     "emoji_movie",
     "navigate",
+    "object_counting",
     "odd_one_out",
     "periodic_elements/subtask_0",
     "qa_wikidata",
-    "reasoning_about_colored_objects",
     "unit_conversion/different_systems",
     "word_unscrambling",
 )

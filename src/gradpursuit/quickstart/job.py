@@ -52,6 +52,5 @@ selection:
   k: 24
 evaluation:
   seeds: 2
-  epochs: 4
-  batch_size: 4  # with so few rows, more steps matter more than larger ones
+  epochs: 5
 """
