@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_version_and_lazy_names(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "words"),
     [
         (["run", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
-        (["warmup", "nowhere"], "nowhere: no such configuration file"),
+        (["warmup", "nowhere"], "nowhere: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one"),
         (["ruin"], "invalid choice: 'ruin'"),
         ([], "required: VERB"),
         (["run", "x.yaml", "--selection.k"], "'--selection.k' has no value"),
@@ -183,6 +184,48 @@ def test_a_moved_run_folder_is_used_where_it_is(job: Job) -> None:
     assert main(["collect", str(moved)]) == 0
     assert (moved / "gradients/pool").is_dir()
     assert not job.run_dir.exists()
+
+
+def test_a_mistake_leaves_no_run_folder_behind(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    for setting in (["--selection.strategies", "foo"], ["--data.pool", "gone.jsonl"], ["--selection.k", "99"]):
+        fails(["run", str(job.path), *setting], capsys)
+        assert not job.run_dir.exists()
+    assert main(["warmup", str(job.path)]) == 0
+    fails(["run", str(job.path), "--selection.k", "99"], capsys)
+    assert (job.run_dir / "trajectory/checkpoint-1").is_dir()
+
+
+def test_a_moved_run_folder_is_replayed_where_it_is(job: Job) -> None:
+    assert main(["warmup", str(job.path)]) == 0
+    moved = job.folder / "moved"
+    job.run_dir.rename(moved)
+    assert main(["run", str(moved / "config.yaml"), "--selection.strategies", "random"]) == 0
+    assert (moved / "selection/random/selected.jsonl").is_file()
+    assert not job.run_dir.exists()
+
+
+def test_home_is_understood_and_keys_given_twice_are_not(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(job.tree["model"]["path"]).parent))
+    name = Path(job.tree["model"]["path"]).name
+    assert main(["warmup", str(job.path), "--model.path", f"~/{name}"]) == 0
+    job.path.write_text(job.path.read_text() + "\nseed: 1\nseed: 2\n")
+    assert "the key 'seed' is given twice" in fails(["run", str(job.path)], capsys)
+
+
+def test_without_a_hub_a_hub_id_fails_at_once(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_name(*_arguments: object) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", no_name)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    started = time.monotonic()
+    message = fails(["run", str(job.path), "--model.path", "nobody/no-such-model"], capsys)
+    assert "the hub cannot be reached, and its cache does not hold the model" in message
+    assert time.monotonic() - started < 10
 
 
 def test_memory_and_disk_errors_are_one_message(

@@ -31,7 +31,7 @@ def test_real_model_on_a_small_pool(smollm2_path: Path, tmp_path: Path) -> None:
         "model": {"path": str(smollm2_path)},
         "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("pool", "target", "heldout")},
         "warmup": {"fraction": 0.2, "epochs": 1, "checkpoints": 2},
-        "gradients": {"shard_rows": 24, "tokens_per_batch": 1024},
+        "gradients": {"shard_rows": 24},
         "selection": {"strategies": ["gtp", "less", "random"], "k": 6},
         "evaluation": {"seeds": 1, "epochs": 3, "batch_size": 2},
     }

@@ -17,7 +17,8 @@ from gradpursuit.cli import main
 from gradpursuit.config import load_config
 from gradpursuit.errors import RunError, SelectionError
 from gradpursuit.manifest import Manifest
-from gradpursuit.pipeline import STAGES, Run
+from gradpursuit.pipeline import Run
+from gradpursuit.stages import STAGES, Stage
 
 STAGE_NAMES = [stage.name for stage in STAGES]
 
@@ -40,7 +41,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             done.append(stage.name)
             return stage.work(run)
 
-        return pipeline.Stage(**{**vars(stage), "work": work})
+        return Stage(**{**vars(stage), "work": work})
 
     monkeypatch.setattr(pipeline, "STAGES", tuple(wrap(stage) for stage in STAGES))
     return done
@@ -168,6 +169,31 @@ def test_damaged_or_deleted_outputs_are_made_again(finished: Job, monkeypatch: p
     assert shards[0].stat().st_mtime_ns == untouched
     content[-5] ^= 1
     assert shards[2].read_bytes() == bytes(content)
+    assert chosen(finished.run_dir) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("data/pool.parquet", ["data"]),
+        ("trajectory/checkpoint-1/adapter_model.safetensors", ["trajectory"]),
+        ("selection/gtp/selection.parquet", ["selection", "export"]),
+        ("selection/less/selected.jsonl", ["export"]),
+        ("evaluation/results.jsonl", ["evaluation"]),
+        ("report.html", ["report"]),
+    ],
+)
+def test_a_file_that_is_not_what_was_written_is_made_again(
+    finished: Job, monkeypatch: pytest.MonkeyPatch, name: str, stages: list[str]
+) -> None:
+    before, path = chosen(finished.run_dir), finished.run_dir / name
+    done = counted(monkeypatch)
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-20]), path.unlink):
+        damage()
+        done.clear()
+        assert main(["run", str(finished.path)]) == 0
+        assert done == stages
+        assert path.is_file()
     assert chosen(finished.run_dir) == before
 
 

@@ -39,6 +39,7 @@ ORDER = {
             ("selection",),
             ("evaluation",),
             ("report",),
+            ("stages",),
             ("pipeline",),
             ("quickstart",),
             ("cli",),

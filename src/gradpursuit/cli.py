@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradpursuit import __version__
-from gradpursuit.errors import ConfigError, GradPursuitError
+from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 
 if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
@@ -70,41 +71,53 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
     first, last, _ = STAGE_VERBS[arguments.name]
     path = Path(arguments.run)
-    if path.is_dir():  # wherever it was made
-        path, overrides = path / "config.yaml", [*overrides, f"run_dir={path}"]
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
     _quiet_libraries()
-    _execute(_load(path, overrides), last, first)
+    _execute(_load(path / "config.yaml" if path.is_dir() else path, overrides), last, first)
 
 
 def _execute(config: RunConfig, upto: str, first: str | None = None) -> None:
     from gradpursuit.pipeline import Run
 
     made = Run(config)
+    fresh = not made.folder.exists()
     handler = _log_file(made.folder)
     try:
         made.execute(upto, first)
     finally:
         logging.getLogger("gradpursuit").removeHandler(handler)
         handler.close()
+        if fresh and not made.manifest.has_finished("data"):
+            shutil.rmtree(made.folder, ignore_errors=True)  # a mistake was met before anything was made
     if upto == "report":
         _print_table(made)
     print(f"run folder: {made.folder}")
 
 
 def _load(path: Path, overrides: list[str]) -> RunConfig:
+    """Read a configuration; paths become absolute, so that a saved one can be replayed from anywhere.
+
+    The configuration of a run folder is that of the folder it lies in, wherever that was moved to.
+    """
     from gradpursuit.config import load_config
 
+    if (path.parent / "manifest.json").is_file() and not any(o.startswith("run_dir=") for o in overrides):
+        overrides = [*overrides, f"run_dir={path.parent}"]
     config = load_config(path, overrides)
-    data = config.data
-    absolute = {name: [str(Path(p).resolve()) for p in getattr(data, name)] for name in ("pool", "target", "heldout")}
-    model = Path(config.model.path)
+    data, model = config.data, Path(config.model.path).expanduser()
+    absolute = {name: [_absolute(file) for file in getattr(data, name)] for name in ("pool", "target", "heldout")}
     return config.model_copy(
         update={
-            "run_dir": str(Path(config.run_dir or f"runs/{path.stem}").resolve()),
+            "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update=absolute),
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

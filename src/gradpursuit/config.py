@@ -86,7 +86,7 @@ class GradientsSection(Section):
     )
     dim: int = Field(4096, ge=16, description="d: size of the sketched feature")
     nonzeros: int = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
-    tokens_per_batch: int = Field(2048, ge=16, description="padded tokens in one backward pass")
+    tokens_per_batch: int = Field(1024, ge=16, description="padded tokens in one backward pass")
     store_dtype: Literal["float32", "float16"] = Field("float32", description="element type on disk")
     shard_rows: int = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
 
@@ -113,6 +113,11 @@ class SelectionSection(Section):
     strategies: list[str] = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
     k: int | None = Field(None, ge=1, description="examples to choose; or give a fraction")
     fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectionSection:
@@ -161,17 +166,31 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is not usable.
     """
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
     apply_overrides(tree, overrides)
     return build_config(tree, str(path))
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, not the last one's victory."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping after looking for repeated keys."""
+        names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, (name, line) in enumerate(names):
+            if name in [earlier for earlier, _ in names[:index]]:
+                raise ConfigError(f"line {line}: the key '{name}' is given twice")
+        return super().construct_mapping(node, deep)
 
 
 def build_config(tree: Mapping[str, Any], where: str) -> RunConfig:
@@ -226,7 +245,11 @@ def _explain(item: dict[str, Any]) -> str:
         return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
     if item["type"] == "missing":
         return f"'{key}' is missing and has no default"
-    return f"'{key}' = {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    message = {
+        "model_type": "expected a section with keys of its own",
+        "list_type": "expected a list, such as [a, b]",
+    }.get(item["type"], item["msg"].removeprefix("Value error, "))
+    return f"'{key}' = {item['input']!r}: {message}"
 
 
 def _section_at(keys: Sequence[str]) -> type[BaseModel]:

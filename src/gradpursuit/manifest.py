@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gradpursuit import __version__
 from gradpursuit.errors import RunError
-from gradpursuit.files import read_json, write_json
+from gradpursuit.files import read_json, sha256_of, write_json
 
 FORMAT = 1
+State = Literal["new", "unfinished", "outdated", "damaged", "complete"]
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
@@ -37,19 +38,21 @@ class Manifest:
             raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
         return value
 
-    def is_complete(self, stage: str, fingerprint: str, outputs: Sequence[Path]) -> bool:
-        """Whether `stage` was finished with these inputs and settings and its outputs are still there."""
-        entry = self.read()["stages"].get(stage, {})
-        return (
-            entry.get("state") == "complete"
-            and entry.get("fingerprint") == fingerprint
-            and all(path.exists() for path in outputs)
-        )
-
-    def known(self, stage: str, fingerprint: str) -> bool | None:
-        """Whether what `stage` left behind was made with `fingerprint`; None if it was never begun."""
+    def state(self, stage: str, fingerprint: str) -> State:
+        """How far `stage` got with these inputs and settings, and whether its outputs are still what it wrote."""
         entry = self.read()["stages"].get(stage)
-        return None if entry is None else entry.get("fingerprint") == fingerprint
+        if entry is None:
+            return "new"
+        if entry.get("fingerprint") != fingerprint:
+            return "outdated" if entry.get("state") == "complete" else "new"
+        if entry.get("state") != "complete":
+            return "unfinished"
+        whole = all(_is(self._path.parent / name, digest) for name, digest in entry.get("outputs", {}).items())
+        return "complete" if whole else "damaged"
+
+    def has_finished(self, stage: str) -> bool:
+        """Whether `stage` was ever finished here, with whatever settings."""
+        return bool(self.read()["stages"].get(stage, {}).get("state") == "complete")
 
     def fingerprint(self, stage: str) -> str:
         """The fingerprint that `stage` was run with."""
@@ -62,11 +65,16 @@ class Manifest:
         value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now()}
         write_json(self._path, value)
 
-    def complete(self, stage: str, seconds: float, detail: dict[str, Any]) -> None:
-        """Record that `stage` is finished, how long it took, and what it found."""
+    def complete(self, stage: str, seconds: float, detail: dict[str, Any], outputs: Sequence[Path]) -> None:
+        """Record that `stage` is finished, how long it took, what it found, and the sha256 of its `outputs`."""
+        hashes = {path.relative_to(self._path.parent).as_posix(): sha256_of(path) for path in outputs}
         value = self.read()
-        value["stages"][stage].update(state="complete", seconds=round(seconds, 2), detail=detail)
+        value["stages"][stage].update(state="complete", seconds=round(seconds, 2), detail=detail, outputs=hashes)
         write_json(self._path, value)
+
+
+def _is(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256_of(path) == digest
 
 
 def _now() -> str:

@@ -220,7 +220,12 @@ def _refuse_bad_rows(rows: Sequence[Row], norm: Tensor, loss: Tensor) -> None:
     ):
         if not good.all():
             bad = [f"{rows[i].id} ({values[i]:g})" for i in (~good).nonzero()[:5, 0].tolist()]
+            where = f"{rows[int((~good).nonzero()[0])].source}:{rows[int((~good).nonzero()[0])].line}"
+            advice = (
+                "every row is affected, so look at the model's weights and at warmup.learning_rate"
+                if not good.any()
+                else "remove these rows, or try model.precision: float32"
+            )
             raise GradientError(
-                f"{what} for {int((~good).sum())} rows: {', '.join(bad)}; remove them from the pool, "
-                "or try model.precision: float32"
+                f"{what} for {int((~good).sum())} of {len(rows)} rows: {', '.join(bad)}; first at {where}; {advice}"
             )

@@ -46,7 +46,6 @@ warmup:
 gradients:
   dim: 4096
   shard_rows: 64
-  tokens_per_batch: 1024  # 6 GiB of memory are enough
 selection:
   strategies: [gtp, less, random]
   k: 24

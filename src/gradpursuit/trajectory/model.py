@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 import re
+import socket
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,7 +78,7 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # transformers and its back ends raise many kinds for one broken folder
-        raise ModelError(f"model.path '{config.path}': no usable tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"model.path '{config.path}': no usable tokenizer: {_why(config, options, error)}") from error
     return tokenizer
 
 
@@ -97,7 +99,7 @@ def load_model(config: ModelSection) -> PreTrainedModel:
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except Exception as error:  # as above
-        raise ModelError(f"model.path '{config.path}': cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"model.path '{config.path}': cannot be loaded: {_why(config, options, error)}") from error
     if "gguf_file" in options:
         model = _plain_copy(model)
     model.requires_grad_(False)
@@ -127,7 +129,7 @@ def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftM
     except (ValueError, re.error) as error:
         raise ModelError(
             f"no adapter can be put on {type(model).__name__} with model.lora.target_modules="
-            f"{config.target_modules!r}: {_first_line(error)}; linear layers found: {_linear_names(model)}"
+            f"{config.target_modules!r}: {_one_line(error)}; linear layers found: {_linear_names(model)}"
         ) from None
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ModelError(f"{type(model).__name__} has no linear layers to put a LoRA adapter on")
@@ -180,7 +182,31 @@ def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local or not config.path:
         raise ModelError(f"model.path '{config.path}': no such folder; give a folder, a GGUF file or a hub id")
-    return config.path, {"revision": config.revision} if config.revision else {}
+    options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
+    if not _hub_can_be_asked():
+        options["local_files_only"] = True  # what the hub's cache holds is used; the rest fails at once
+    return config.path, options
+
+
+def _hub_can_be_asked() -> bool:
+    """Whether the hub's name can be resolved, or a proxy may do it; asking in vain takes the hub's client a minute."""
+    from huggingface_hub import constants
+
+    if urllib.request.getproxies():
+        return True
+    url = urllib.parse.urlparse(constants.ENDPOINT)
+    try:
+        socket.getaddrinfo(url.hostname, url.port or 443)
+    except OSError:
+        return False
+    return True
+
+
+def _why(config: ModelSection, options: dict[str, Any], error: BaseException) -> str:
+    """The reason in one line; for a hub id without a hub, that."""
+    if options.get("local_files_only") and not Path(config.path).exists():
+        return "there is no such folder here, the hub cannot be reached, and its cache does not hold the model"
+    return _one_line(error)
 
 
 def _plain_copy(loaded: PreTrainedModel) -> PreTrainedModel:
@@ -210,6 +236,5 @@ def _linear_names(model: nn.Module) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return json.dumps(lines[0][:300])[1:-1] if lines else type(error).__name__
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
