@@ -47,9 +47,18 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
-@pytest.fixture
-def finished(job: Job) -> Job:
+@pytest.fixture(scope="module")
+def template(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    job = Job(tmp_path_factory.mktemp("template"), tiny_path)
     assert main(["run", str(job.path)]) == 0
+    return job.run_dir
+
+
+@pytest.fixture
+def finished(template: Path, job: Job) -> Job:
+    """A finished run: moving one elsewhere changes nothing."""
+    shutil.copytree(template, job.run_dir)
     return job
 
 
