@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Job
 from gradpursuit import __version__
 from gradpursuit.cli import main
+from jobs import Job
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

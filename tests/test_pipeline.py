@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from conftest import Job
 from gradpursuit import pipeline
 from gradpursuit.cli import main
 from gradpursuit.config import load_config
@@ -19,6 +18,7 @@ from gradpursuit.errors import RunError, SelectionError
 from gradpursuit.manifest import Manifest
 from gradpursuit.pipeline import Run
 from gradpursuit.stages import STAGES, Stage
+from jobs import Job
 
 STAGE_NAMES = [stage.name for stage in STAGES]
 
