@@ -10,6 +10,7 @@ import pytest
 
 from gradpursuit import __version__
 from gradpursuit.cli import main
+from gradpursuit.files import sha256_of
 from jobs import Job
 
 
@@ -128,6 +129,11 @@ def test_a_checkpoint_whose_optimizer_does_not_fit(job: Job, capsys: pytest.Capt
     moments = load_file(path)
     name = sorted(moments)[0]
     save_file({**moments, name: moments[name][:-1].contiguous()}, path)
+    assert "'gradients' needs 'trajectory', which is not complete" in fails(["collect", str(job.run_dir)], capsys)
+    manifest = json.loads((job.run_dir / "manifest.json").read_text())
+    outputs = manifest["stages"]["trajectory"]["outputs"]
+    outputs["trajectory/checkpoint-2/moments.safetensors"] = sha256_of(path)  # as if the run had come with it
+    (job.run_dir / "manifest.json").write_text(json.dumps(manifest))
     message = fails(["collect", str(job.run_dir)], capsys)
     assert "moments.safetensors" in message
     assert name.removeprefix("m.") in message
