@@ -127,11 +127,12 @@ def test_killed_after_any_stage_the_run_ends_with_the_same_selection(
     assert chosen(tmp_path / "killed") == chosen(finished.run_dir)
 
 
-def test_killed_in_the_middle_of_the_gradients_finished_shards_are_kept(finished: Job, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_the_gradients_finished_shards_are_kept(job: Job, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "gradpursuit.cli", "run", str(finished.path), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "gradpursuit.cli", "run", str(job.path), "--run-dir"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     shard = folder / "gradients" / "pool" / "adam-symmetric" / "checkpoint-1" / "shard-00001.safetensors"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not shard.is_file() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.002)
@@ -140,9 +141,9 @@ def test_killed_in_the_middle_of_the_gradients_finished_shards_are_kept(finished
     assert shard.is_file()
     kept = shard.stat().st_mtime_ns
     assert "selection" not in executed(folder), "the run was over before it could be killed"
-    assert main(["run", str(finished.path), "--run-dir", str(folder)]) == 0
+    subprocess.run([*command, str(folder)], check=True, capture_output=True)
     assert shard.stat().st_mtime_ns == kept
-    assert chosen(folder) == chosen(finished.run_dir)
+    assert chosen(folder) == chosen(tmp_path / "whole")
 
 
 def test_only_what_a_changed_setting_touches_is_made_anew(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
