@@ -177,7 +177,9 @@ def test_only_the_damaged_shard_is_computed_again(
 def test_a_finished_store_needs_no_model(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(world, tmp_path, IDENTITY)
     monkeypatch.setattr(FeatureEngine, "shard", lambda *_: pytest.fail("nothing was missing"))
+    before = snapshot(tmp_path)
     collect(world, tmp_path, IDENTITY)
+    assert snapshot(tmp_path) == before
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(

@@ -13,7 +13,7 @@ class OMP:
     """Greedy: each step adds the example that correlates most with what is left, then refits all weights."""
 
     name = "omp"
-    source = "Yaghoobi, Wu, Davies, 'Fast non-negative orthogonal matching pursuit', 2015"
+    source = "Bruckstein, Elad, Zibulevsky, 2008 (non-negative OMP)"
     stochastic = False
 
     def needs(self, gradients: GradientsSection) -> list[Preconditioner]:
