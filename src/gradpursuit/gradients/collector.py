@@ -1,117 +1,26 @@
-"""From rows to features in a store: one backward pass a batch feeds every preconditioner that is wanted."""
+"""From tables of rows to gradient stores: one backward pass a batch feeds every preconditioner that is wanted."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
-from gradpursuit.data import Row, Table
+from gradpursuit.data import Table
 from gradpursuit.errors import GradientError
-from gradpursuit.gradients.hooks import PerExampleGradients
+from gradpursuit.gradients.engine import Computed, FeatureEngine
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore, Shard, StoreSpec
-from gradpursuit.trajectory.checkpoint import AdamState, Checkpoint
-from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
+from gradpursuit.trajectory.checkpoint import Checkpoint
 from gradpursuit.trajectory.model import Compute, trainable
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-@dataclass(frozen=True)
-class Features:
-    """Of n rows: sketched `features [n, d]`, their `norm [n]` before the sketch, all float32."""
-
-    features: Tensor
-    norm: Tensor
-
-
-class FeatureEngine:
-    """Per-example features of a model at its present checkpoint.
-
-    Args:
-        model: with a trainable LoRA adapter.
-        compute: device and precision.
-        sketch: of the adapter's parameters, on that device.
-        tokens_per_batch: padded tokens in one backward pass.
-    """
-
-    def __init__(self, model: PeftModel, compute: Compute, sketch: SparseSketch, tokens_per_batch: int) -> None:
-        self._model = model.eval()  # dropout would make a feature another one each time
-        self._gradients = PerExampleGradients(model)
-        self._loss = SupervisedLoss(model, compute)
-        self._sketch, self._budget, self._device = sketch, tokens_per_batch, compute.device
-        self._pad = int(model.config.pad_token_id or 0)
-
-    def batch(
-        self, rows: Sequence[Row], wanted: Sequence[Preconditioner], state: AdamState
-    ) -> tuple[list[Features], Tensor, Tensor]:
-        """Features of one batch for each of `wanted`, its losses [B] float32 and supervised tokens [B] int64.
-
-        The feature of a row is P Γ(∇ℓ), ℓ the mean negative log-likelihood over its supervised tokens; no learning
-        rate is in it.
-        """
-        sketches = [torch.zeros(self._sketch.dim, len(rows), device=self._device) for _ in wanted]
-        squares = [torch.zeros(len(rows), device=self._device) for _ in wanted]
-
-        unused = dict(self._sketch.sizes)
-
-        def consume(parameter: str, gradient: Tensor) -> None:
-            unused.pop(parameter, None)
-            for kind, out, square in zip(wanted, sketches, squares, strict=True):
-                values = kind(parameter, gradient, state).flatten(1)
-                square += torch.linalg.vecdot(values, values)
-                self._sketch.add(parameter, values, out)
-
-        with self._gradients.capture(consume):
-            losses, tokens = self._loss(collate(rows, self._pad))
-            losses.sum().backward()
-        shapes = {name: parameter.shape for name, parameter in trainable(self._model).items()}
-        for name in list(unused):  # its gradient is zero, but Adam's momentum would move it all the same
-            consume(name, torch.zeros(len(rows), *shapes[name], device=self._device))
-        self._model.zero_grad(set_to_none=True)
-        features = [Features(s.t(), q.sqrt()) for s, q in zip(sketches, squares, strict=True)]
-        return features, losses.detach(), tokens
-
-    def shard(
-        self,
-        rows: Sequence[Row],
-        start: int,
-        wanted: Sequence[Preconditioner],
-        state: AdamState,
-        progress: Progress,
-    ) -> list[Shard]:
-        """Shards of consecutive rows that begin at index `start`, one for each of `wanted`.
-
-        Raises:
-            GradientError: a loss is not finite, or a gradient is zero; the row's id is named.
-        """
-        n = len(rows)
-        features = [torch.empty(n, self._sketch.dim) for _ in wanted]
-        norms = [torch.empty(n) for _ in wanted]
-        loss, tokens = torch.empty(n), torch.empty(n, dtype=torch.int32)
-        for indices in token_batches([len(row.input_ids) for row in rows], self._budget):
-            found, batch_loss, batch_tokens = self.batch([rows[i] for i in indices], wanted, state)
-            for target, norm, part in zip(features, norms, found, strict=True):
-                target[indices], norm[indices] = part.features.cpu(), part.norm.cpu()
-            loss[indices], tokens[indices] = batch_loss.cpu(), batch_tokens.to("cpu", torch.int32)
-            progress.update(len(indices))
-        for norm in norms:
-            _refuse_bad_rows(rows, norm, loss)
-        index = np.arange(start, start + n, dtype=np.int64)
-        return [
-            Shard(f.numpy(), norm.numpy(), loss.numpy(), tokens.numpy(), index)
-            for f, norm in zip(features, norms, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -123,7 +32,8 @@ class CollectSpec:
         tokens_per_batch: padded tokens in one backward pass.
         dtype: of the stored features.
         shard_rows: rows per shard.
-        origin: hashes of model and trajectory, as JSON values, for the fingerprint of the stores.
+        max_dropped: share of a table's rows that may be without a feature before it is an error.
+        origin: hashes of model, adapter and trajectory, as JSON values, for the identity of the stores.
     """
 
     dim: int
@@ -132,6 +42,7 @@ class CollectSpec:
     tokens_per_batch: int
     dtype: str
     shard_rows: int
+    max_dropped: float
     origin: Mapping[str, Any]
 
 
@@ -139,17 +50,15 @@ class Collector:
     """Collects features of tables along a trajectory into stores; finished shards are never computed again.
 
     Args:
-        model: with a trainable LoRA adapter, whose weights the checkpoints replace.
+        model: whose trainable parameters are those of the checkpoints.
         compute: device and precision.
         checkpoints: the trajectory.
         spec: sizes, seeds and origin.
     """
 
-    def __init__(
-        self, model: PeftModel, compute: Compute, checkpoints: Sequence[Checkpoint], spec: CollectSpec
-    ) -> None:
+    def __init__(self, model: nn.Module, compute: Compute, checkpoints: Sequence[Checkpoint], spec: CollectSpec) -> None:
         self._model, self._checkpoints, self._spec = model, checkpoints, spec
-        sizes = PerExampleGradients(model).sizes
+        sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
         self._sketch = SparseSketch(sizes, spec.dim, spec.nonzeros, spec.sketch_seed, compute.device)
         self._engine = FeatureEngine(model, compute, self._sketch, spec.tokens_per_batch)
         self._precision = str(compute.autocast or torch.float32).removeprefix("torch.")
@@ -159,6 +68,8 @@ class Collector:
     ) -> dict[str, GradientStore]:
         """Features of every row of `table` at every checkpoint, one store for each of `wanted`.
 
+        A row that has no feature at some checkpoint is dropped from all stores, with its reason.
+
         Args:
             name: of the split, for progress.
             table: the rows.
@@ -166,7 +77,7 @@ class Collector:
             folder: gets one store per preconditioner, named by its label.
 
         Raises:
-            GradientError: a loss is not finite or a gradient is zero.
+            GradientError: more than `max_dropped` of the rows have no feature; ids and reasons are named.
             RunError: the disk is full.
         """
         stores = {kind: self._create(folder / kind.label, table, kind) for kind in wanted}
@@ -187,45 +98,65 @@ class Collector:
                 checkpoint.load_adapter(self._model)
                 state = checkpoint.adam(self._model)
                 for s, lacking in here.items():
-                    rows = [table[i] for i in shards[s]]
-                    found = self._engine.shard(rows, shards[s].start, lacking, state, progress)
-                    for kind, shard in zip(lacking, found, strict=True):
-                        stores[kind].write(t, s, self._cast(shard))
+                    self._engine.prepare(lacking, state)
+                    found = self._engine.compute([table[i] for i in shards[s]], progress.update)
+                    for kind, shard in zip(lacking, _as_shards(found, shards[s]), strict=True):
+                        stores[kind].write(t, s, shard)
+                    if found.dropped:
+                        self._refuse_too_many(table, stores)
+        self._settle(table, stores)
         return {kind.label: store for kind, store in stores.items()}
+
+    def _settle(self, table: Table, stores: Mapping[Preconditioner, GradientStore]) -> None:
+        """All checkpoints of all stores must hold the same rows."""
+        dropped = self._refuse_too_many(table, stores)
+        for store in stores.values():
+            store.exclude(dropped)
+
+    def _refuse_too_many(self, table: Table, stores: Mapping[Preconditioner, GradientStore]) -> dict[int, str]:
+        """The rows dropped so far, index to reason, if they are few enough."""
+        dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
+        if len(dropped) <= self._spec.max_dropped * len(table):
+            return dropped
+        named = [(table[i], dropped[i]) for i in sorted(dropped)]
+        some = ", ".join(f"'{row.id}' ({reason})" for row, reason in named[:5])
+        advice = (
+            "every row so far is affected, so look at the model's weights and at warmup.learning_rate"
+            if len(dropped) >= self._spec.shard_rows and sorted(dropped) == list(range(len(dropped)))
+            else "remove these rows, try model.precision: float32, or raise gradients.max_dropped"
+        )
+        raise GradientError(
+            f"{len(dropped)} of {len(table)} rows have no gradient, more than gradients.max_dropped = "
+            f"{self._spec.max_dropped:g} allows: {some}; first at {named[0][0].source}:{named[0][0].line}; {advice}"
+        )
 
     def _create(self, folder: Path, table: Table, kind: Preconditioner) -> GradientStore:
         spec = self._spec
         origin = {
             **spec.origin,
-            "data": hashlib.sha256("\n".join(row.hash for row in table).encode()).hexdigest(),
+            **table_identity(table),
             "projection": self._sketch.describe(),
             "preconditioner": {"name": kind.name, "bias_correction": kind.bias_correction},
-            "precision": self._precision,
-            "tokens_per_batch": spec.tokens_per_batch,
+            "precision": {"autocast": self._precision, "tokens_per_batch": spec.tokens_per_batch},
         }
         return GradientStore.create(
             folder,
             StoreSpec(tuple(table.ids), len(self._checkpoints), spec.dim, spec.dtype, spec.shard_rows, origin),
         )
 
-    def _cast(self, shard: Shard) -> Shard:
-        with np.errstate(over="ignore"):  # what overflows is refused by the store, with the way to mend it
-            return replace(shard, features=shard.features.astype(self._spec.dtype, copy=False))
+
+def table_identity(table: Table) -> dict[str, str]:
+    """What tells the rows of one table from those of another: sha256 of their content, and of what is supervised."""
+    data, masks = hashlib.sha256(), hashlib.sha256()
+    for row in table:
+        data.update(f"{row.hash}:{row.input_ids}\n".encode())
+        masks.update(f"{row.labels}\n".encode())
+    return {"data": data.hexdigest(), "masks": masks.hexdigest()}
 
 
-def _refuse_bad_rows(rows: Sequence[Row], norm: Tensor, loss: Tensor) -> None:
-    for values, good, what in (
-        (loss, loss.isfinite(), "the loss is not finite"),
-        (norm, norm.isfinite() & (norm > 0), "the gradient is zero or not finite"),
-    ):
-        if not good.all():
-            bad = [f"{rows[i].id} ({values[i]:g})" for i in (~good).nonzero()[:5, 0].tolist()]
-            where = f"{rows[int((~good).nonzero()[0])].source}:{rows[int((~good).nonzero()[0])].line}"
-            advice = (
-                "every row is affected, so look at the model's weights and at warmup.learning_rate"
-                if not good.any()
-                else "remove these rows, or try model.precision: float32"
-            )
-            raise GradientError(
-                f"{what} for {int((~good).sum())} of {len(rows)} rows: {', '.join(bad)}; first at {where}; {advice}"
-            )
+def _as_shards(found: Computed, rows: range) -> list[Shard]:
+    """One shard for each preconditioner of the rows of the table at `rows`."""
+    index = np.array([rows[i] for i in found.kept], dtype=np.int64)
+    dropped = {rows[i]: reason for i, reason in found.dropped.items()}
+    loss, tokens = found.loss.numpy(), found.tokens.numpy()
+    return [Shard(kind.features.numpy(), kind.norm.numpy(), loss, tokens, index, dropped) for kind in found.kinds]

@@ -1,10 +1,12 @@
 """From a gradient to the direction in which the optimizer would move: Γ_t of one checkpoint.
 
-Every preconditioner works on the per-example gradients of one parameter, `[B, *shape]` float32.
+Every preconditioner works on the per-example gradients of one parameter, as float32 `[B, n]`
+(:func:`~gradpursuit.gradients.layout.coordinates`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from gradpursuit.config import PreconditionerName
 from gradpursuit.errors import ConfigError, nearest
+from gradpursuit.gradients.layout import coordinates
 from gradpursuit.trajectory.checkpoint import AdamState
 
 
@@ -49,21 +52,38 @@ class Preconditioner:
         """What the target's gradients get: the same for `adam-symmetric`, otherwise `identity`."""
         return self if self.name == "adam-symmetric" else Preconditioner("identity")
 
-    def __call__(self, parameter: str, gradient: Tensor, state: AdamState) -> Tensor:
-        """Γ of `gradient [B, *shape]` of one parameter, given the optimizer's state at the checkpoint."""
-        if self.name == "identity":
-            return gradient
-        if self.name == "adam":
-            return self._adam(parameter, gradient, state)
-        denominator = (state.v[parameter] / (1 - state.beta2**state.step)).sqrt() + state.eps
-        if self.name == "adam-symmetric":
-            denominator = denominator.sqrt()
-        return gradient / denominator
+    def at(self, state: AdamState) -> Callable[[str, Tensor], Tensor]:
+        """Γ of one checkpoint: a function of a parameter's name and its gradients [B, n], which are left as they are.
 
-    def _adam(self, parameter: str, gradient: Tensor, state: AdamState) -> Tensor:
-        m = torch.add(state.beta1 * state.m[parameter], gradient, alpha=1 - state.beta1)
-        v = torch.addcmul(state.beta2 * state.v[parameter], gradient, gradient, value=1 - state.beta2)
-        if self.bias_correction:
-            m = m / (1 - state.beta1 ** (state.step + 1))
-            v = v / (1 - state.beta2 ** (state.step + 1))
-        return m / (v.sqrt() + state.eps)
+        What all rows share is computed here, once.
+        """
+        if self.name == "identity":
+            return lambda _parameter, gradient: gradient
+        if self.name == "adam":
+            return _AdamStep(state, self.bias_correction)
+        power = 0.5 if self.name == "adam-symmetric" else 1.0
+        correction = 1 - state.beta2**state.step
+        factors = {
+            name: ((_flat(v) / correction).sqrt() + state.eps).pow(-power).contiguous() for name, v in state.v.items()
+        }
+        return lambda parameter, gradient: gradient * factors[parameter]
+
+
+class _AdamStep:
+    """m' / (√v' + ε), with what does not depend on the gradient kept: β₁m and β₂v, both bias-corrected or not."""
+
+    def __init__(self, state: AdamState, bias_correction: bool) -> None:
+        step = state.step + 1
+        of_m, of_v = (1 - state.beta1**step, 1 - state.beta2**step) if bias_correction else (1.0, 1.0)
+        self._m = {name: _flat(m) * (state.beta1 / of_m) for name, m in state.m.items()}
+        self._v = {name: _flat(v) * (state.beta2 / of_v) for name, v in state.v.items()}
+        self._g, self._g2, self._eps = (1 - state.beta1) / of_m, (1 - state.beta2) / of_v, state.eps
+
+    def __call__(self, parameter: str, gradient: Tensor) -> Tensor:
+        root = torch.addcmul(self._v[parameter], gradient, gradient, value=self._g2).sqrt_().add_(self._eps)
+        return torch.add(self._m[parameter], gradient, alpha=self._g).div_(root)
+
+
+def _flat(moment: Tensor) -> Tensor:
+    """[n], numbered as the gradients are."""
+    return coordinates(moment[None])[0].contiguous()

@@ -1,25 +1,30 @@
-"""A sparse Johnson-Lindenstrauss sketch R^p → R^d that never forms a p × d matrix.
+"""A sparse Johnson-Lindenstrauss sketch R^p → R^d that never forms a p × d matrix and moves no element alone.
 
-Every coordinate goes to `nonzeros` rows of the sketch with random signs, scaled by 1/√nonzeros (Kane and Nelson,
-arXiv 1012.1577), so that inner products are kept without bias, with a relative error of about 1/√d.
+Every parameter is cut into pieces of d coordinates; a piece is multiplied by random signs, rotated by a random
+offset, and added to the sketch. That is a count sketch whose hash shifts whole pieces: two coordinates of one
+piece never meet, two of different pieces meet with probability 1/d, so that inner products are kept without bias and
+with the variance (‖x‖²‖y‖² + ⟨x, y⟩²)/d of independent hashing at most (Charikar, Chen and Farach-Colton, 2002),
+while memory is read and written in order. `nonzeros` such sketches, scaled by 1/√nonzeros, are added up, so
+that every coordinate goes to that many rows (Kane and Nelson, arXiv 1012.1577).
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gradpursuit.gradients.layout import coordinates
+
 
 class SparseSketch:
     """The sketch of a model's trainable parameters.
 
-    The rows and signs of a parameter depend on `seed` and its name alone: not on device, batch, order, or which
+    The signs and offsets of a parameter depend on `seed` and its name alone: not on device, batch, order, or which
     other parameters there are. They come from raw PCG64 words, whose stream NumPy guarantees.
 
     Args:
@@ -34,12 +39,15 @@ class SparseSketch:
         self, sizes: Mapping[str, int], dim: int, nonzeros: int, seed: int, device: torch.device | str = "cpu"
     ) -> None:
         self.sizes, self.dim, self.nonzeros, self.seed = dict(sizes), dim, nonzeros, seed
-        self._matrices = {name: self._matrix(name, size).to(device) for name, size in sizes.items()}
+        self._hashes = {
+            name: [self._hash(f"{seed}:{name}:{repeat}", size, device) for repeat in range(nonzeros)]
+            for name, size in sizes.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """Name, seed, d, nonzeros and source size, for the header of a store."""
         return {
-            "name": "sparse-jl",
+            "name": "rotation-count-sketch",
             "seed": self.seed,
             "dim": self.dim,
             "nonzeros": self.nonzeros,
@@ -47,20 +55,27 @@ class SparseSketch:
         }
 
     def add(self, parameter: str, values: Tensor, out: Tensor) -> None:
-        """Add the sketch of `values [B, *shape]` of one parameter to `out [d, B]` float32, in place."""
-        columns = values.reshape(len(values), -1).t().contiguous()
-        torch.addmm(out, self._matrices[parameter], columns, out=out)
+        """Add the sketch of `values [B, *shape]` float32 of one parameter to `out [B, d]` float32, in place."""
+        flat = coordinates(values)
+        for signs, offsets in self._hashes[parameter]:
+            for source, target in _runs(offsets, flat.shape[1], self.dim):
+                out[:, target].addcmul_(flat[:, source], signs[source])
 
-    def _matrix(self, name: str, size: int) -> Tensor:
-        """The sketch of one parameter, [d, size] in compressed sparse rows."""
-        word = int.from_bytes(hashlib.sha256(f"{self.seed}:{name}".encode()).digest()[:8], "little")
-        raw = np.random.PCG64(word).random_raw(size * self.nonzeros)
-        rows = torch.from_numpy(((raw >> np.uint64(1)) % np.uint64(self.dim)).astype(np.int64))
-        signs = torch.from_numpy((raw & np.uint64(1)).astype(np.float32) * 2 - 1) / self.nonzeros**0.5
-        columns = torch.arange(size).repeat_interleave(self.nonzeros)
-        matrix = torch.sparse_coo_tensor(
-            torch.stack([rows, columns]), signs, (self.dim, size), check_invariants=False
-        ).coalesce()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
-            return matrix.to_sparse_csr()
+    def _hash(self, key: str, size: int, device: torch.device | str) -> tuple[Tensor, list[int]]:
+        """Signs [size], scaled by 1/√nonzeros, and the offset of each piece."""
+        generator = np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
+        offsets = (generator.random_raw(-(-size // self.dim)) % np.uint64(self.dim)).tolist()
+        words = generator.random_raw(-(-size // 64)).astype("<u8")
+        bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
+        signs = (torch.from_numpy(bits).float() * 2 - 1) / self.nonzeros**0.5
+        return signs.to(device), offsets
+
+
+def _runs(offsets: list[int], size: int, dim: int) -> Iterator[tuple[slice, slice]]:
+    """Where unbroken runs of coordinates go: a rotated piece is two of them, as it wraps around at row `dim`."""
+    for piece, offset in enumerate(offsets):
+        start, stop = piece * dim, min((piece + 1) * dim, size)
+        wrap = min(start + dim - offset, stop)
+        yield slice(start, wrap), slice(offset, offset + wrap - start)
+        if wrap < stop:
+            yield slice(wrap, stop), slice(0, stop - wrap)

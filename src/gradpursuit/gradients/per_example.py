@@ -1,0 +1,116 @@
+"""Exact per-example gradients of linear layers in one batched backward pass.
+
+For y = W x with input x [B, L, in] and output gradient δ [B, L, out], the gradient of example i is
+Σ_l δ_il ⊗ x_il. The losses of a batch are summed, so each example's δ is that of its own loss, and no gradient that
+is summed over the batch is ever formed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpursuit.errors import ModelError
+from gradpursuit.gradients.linear import FollowedLinear, Linear, followed_linears
+from gradpursuit.trajectory.model import trainable
+
+Consumer = Callable[[str, Tensor], None]
+
+
+class PerExampleGradients:
+    """Per-example gradients of every trainable parameter of a model.
+
+    `with engine.capture(consumer): loss(batch).sum().backward()` calls `consumer(parameter, gradient [B, *shape])`,
+    float32, once for each parameter that the loss depends on, as soon as its gradient is whole; a module that the
+    forward pass uses several times counts all its uses. Parameters' own `grad` stays empty.
+
+    Args:
+        model: with LoRA adapters on linear layers, or with linear layers whose weights are trainable.
+        autocast: the lower precision of the products (products are accumulated in float32, and rounded to it once);
+            None: the weights' own.
+
+    Raises:
+        ModelError: some trainable parameter cannot be followed, or (in the forward pass) a layer sees tokens without
+            the example they belong to.
+    """
+
+    def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self._layers = followed_linears(model, autocast)
+        self.sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
+
+    @contextmanager
+    def capture(self, consumer: Consumer) -> Iterator[None]:
+        """Hand each parameter's per-example gradient to `consumer` during the backward pass inside the block."""
+        pass_ = _Pass(consumer)
+        replaced = {module: module.__dict__.get("forward") for module in self._layers}
+        try:
+            for module, layer in self._layers.items():
+                layer.refresh()
+                module.forward = pass_.forward_of(layer)
+            yield
+            pass_.finish()
+        finally:
+            for module, forward in replaced.items():
+                if forward is None:
+                    module.__dict__.pop("forward", None)
+                else:
+                    module.forward = forward
+
+
+class _Pass:
+    """One forward and backward pass: what is still to come, and sums over the uses of a module."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+        self._pending: Counter[str] = Counter()
+        self._sums: dict[str, Tensor] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._cast: tuple[Tensor, Tensor] | None = None
+
+    def forward_of(self, layer: FollowedLinear) -> Callable[..., Tensor]:
+        """What takes the place of the layer's forward method."""
+
+        def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+            if x.dim() < 3:
+                raise ModelError(
+                    f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart (as in the "
+                    "experts of a mixture); leave that layer out of model.lora.target_modules"
+                )
+            self._pending.update(layer.names)
+            output: Tensor = Linear.apply(x, self._anchor, self._as(x, layer.dtype), layer, self._sink(layer))
+            return output
+
+        return forward
+
+    def finish(self) -> None:
+        """Hand over what waited for a use of its module that has no part in the loss."""
+        for name, gradient in self._sums.items():
+            self._consumer(name, gradient)
+
+    def _as(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in another dtype; layers that read the same input one after the other share the copy."""
+        if x.dtype == dtype:
+            return x.detach()
+        if self._cast is None or self._cast[0] is not x or self._cast[1].dtype != dtype:
+            self._cast = (x, x.detach().to(dtype))
+        return self._cast[1]
+
+    def _sink(self, layer: FollowedLinear) -> Callable[[Tensor, Tensor], None]:
+        def sink(delta: Tensor, inputs: Tensor) -> None:
+            self._pending.subtract(layer.names)
+            left, right = delta.flatten(1, -2), inputs.flatten(1, -2)
+            for name, gradient in layer.gradients(left, right):
+                gradient = gradient.float()
+                if name in self._sums:
+                    gradient = self._sums.pop(name) + gradient
+                if self._pending[name]:
+                    self._sums[name] = gradient
+                else:
+                    self._consumer(name, gradient)
+
+        return sink
