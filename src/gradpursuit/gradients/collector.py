@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -190,7 +190,7 @@ class Collector:
                     rows = [table[i] for i in shards[s]]
                     found = self._engine.shard(rows, shards[s].start, lacking, state, progress)
                     for kind, shard in zip(lacking, found, strict=True):
-                        stores[kind].write(t, s, self._cast(shard))
+                        stores[kind].write(t, s, shard)
         return {kind.label: store for kind, store in stores.items()}
 
     def _create(self, folder: Path, table: Table, kind: Preconditioner) -> GradientStore:
@@ -207,10 +207,6 @@ class Collector:
             folder,
             StoreSpec(tuple(table.ids), len(self._checkpoints), spec.dim, spec.dtype, spec.shard_rows, origin),
         )
-
-    def _cast(self, shard: Shard) -> Shard:
-        with np.errstate(over="ignore"):  # what overflows is refused by the store, with the way to mend it
-            return replace(shard, features=shard.features.astype(self._spec.dtype, copy=False))
 
 
 def _refuse_bad_rows(rows: Sequence[Row], norm: Tensor, loss: Tensor) -> None:
