@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,7 +91,7 @@ class Rows:
 
         threads = min(_threads(), 1 + len(ids) * self.width // _PIECE_BYTES)
         bounds = np.linspace(0, self.width, threads + 1).astype(int).tolist()
-        _each(add, list(zip(bounds, bounds[1:], strict=False)))
+        _each(add, list(pairwise(bounds)))
         return total
 
     def _pieces(self) -> Iterator[tuple[slice, NDArray[Any]]]:
