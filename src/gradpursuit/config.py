@@ -87,7 +87,9 @@ class GradientsSection(Section):
     dim: int = Field(4096, ge=16, description="d: size of the sketched feature")
     nonzeros: int = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
     tokens_per_batch: int = Field(1024, ge=16, description="padded tokens in one backward pass")
-    store_dtype: Literal["float32", "float16"] = Field("float32", description="element type on disk")
+    store_dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
+        "float32", description="element type on disk: 4, 2, 2 or 1 bytes"
+    )
     shard_rows: int = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
 
 

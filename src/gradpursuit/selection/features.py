@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gradpursuit.errors import SelectionError
 from gradpursuit.pursuit import TrajectoryMatrix
+from gradpursuit.store import Block
 
 Array = NDArray[np.float64]
 
@@ -18,26 +19,35 @@ class TrajectoryFeatures:
     """Features of n rows at T checkpoints, in memory or memory-mapped.
 
     Args:
-        blocks: for each checkpoint its shards `[n_s, d]` (float16 or float32), in row order.
+        blocks: for each checkpoint its shards `[n_s, d]`, in row order: blocks of a store, of any type and with their
+            scales, or arrays of float16, float32 or float64.
     """
 
-    def __init__(self, blocks: Sequence[Sequence[NDArray[Any]]]) -> None:
-        self.blocks = [list(shards) for shards in blocks]
+    def __init__(self, blocks: Sequence[Sequence[Block | NDArray[Any]]]) -> None:
+        self.blocks = [[b if isinstance(b, Block) else Block(np.asarray(b)) for b in shards] for shards in blocks]
 
     @property
     def checkpoints(self) -> int:
         """T."""
         return len(self.blocks)
 
+    def __len__(self) -> int:
+        """The number of rows n."""
+        return sum(map(len, self.blocks[0]))
+
+    def matrix(self, factor: Array | None = None) -> TrajectoryMatrix:
+        """The features of all checkpoints stacked [D, n], row i of checkpoint t times `factor[t, i]`."""
+        scale = np.stack([_scales(shards) for shards in self.blocks])
+        values = [[block.values for block in shards] for shards in self.blocks]
+        return TrajectoryMatrix(values, scale if factor is None else scale * factor)
+
     def norms(self) -> Array:
         """Euclidean norm of every row at every checkpoint, float64 [T, n]."""
-        return np.sqrt(
-            [np.concatenate([np.einsum("nd,nd->n", s, s, dtype=np.float64) for s in shards]) for shards in self.blocks]
-        )
+        return np.sqrt([self._at(t).squared_norms() for t in range(self.checkpoints)])
 
     def at(self, checkpoint: int) -> Array:
         """All rows at one checkpoint, float64 [n, d]; meant for targets, which are small."""
-        return np.concatenate([np.asarray(shard, dtype=np.float64) for shard in self.blocks[checkpoint]])
+        return np.concatenate([np.asarray(block, dtype=np.float64) for block in self.blocks[checkpoint]])
 
     def group_mean(self, groups: NDArray[np.int64]) -> Array:
         """g [T, d]: at every checkpoint the mean over groups of the mean over each group's rows."""
@@ -51,9 +61,15 @@ class TrajectoryFeatures:
 
     def dot(self, checkpoint: int, direction: Array) -> Array:
         """Inner products of every row at one checkpoint with `direction [d, q]`: float64 [n, q]."""
-        return np.concatenate(
-            [np.asarray(shard, dtype=np.float32) @ direction.astype(np.float32) for shard in self.blocks[checkpoint]]
-        ).astype(np.float64)
+        return self._at(checkpoint).correlate(direction)
+
+    def _at(self, checkpoint: int) -> TrajectoryMatrix:
+        return TrajectoryFeatures([self.blocks[checkpoint]]).matrix()
+
+
+def _scales(shards: Sequence[Block]) -> Array:
+    """The factor of every row of one checkpoint, float64 [n]."""
+    return np.concatenate([np.ones(len(b)) if b.scale is None else b.scale.astype(np.float64) for b in shards])
 
 
 def pursuit_problem(
@@ -78,7 +94,7 @@ def pursuit_problem(
             "its examples cancel or are already fitted exactly"
         )
     block = np.sqrt(rates) / (lengths if balance else 1.0)
-    scale = np.repeat(block[:, None], sum(len(shard) for shard in pool.blocks[0]), axis=1)
+    factor = np.repeat(block[:, None], len(pool), axis=1)
     if unit:
-        scale = scale / pool.norms()
-    return TrajectoryMatrix(pool.blocks, scale), (block[:, None] * target).ravel()
+        factor = factor / pool.norms()
+    return pool.matrix(factor), (block[:, None] * target).ravel()

@@ -1,17 +1,24 @@
 """One shard: up to 4,096 rows of one checkpoint in a safetensors file, whole or absent.
 
-Tensors: `features [n, d]` (float32 or float16), `norm [n]` float32 (of the feature before projection),
-`loss [n]` float32, `tokens [n]` int32 (supervised), `row [n]` int64 (index into the ids of the manifest).
-The header carries the fingerprint of the store and the sha256 of the arrays' bytes, in name order.
+Tensors: `features [n, d]` (F32, F16, BF16 or I8) with `scale [n]` float32 where the type needs one (see
+`gradpursuit.store.encoding`), `norm [n]` float32 (of the feature before projection), `loss [n]` float32,
+`tokens [n]` int32 (supervised), `row [n]` int64 (index into the ids of the manifest, ascending).
+
+The header carries the `fingerprint` of the store, its `parts` (JSON, without the ids), the rows that were `dropped`
+(JSON, index to reason), and `sha256`: of the header without it, followed by the payload. Its keys are sorted and
+nothing stands between them, so that equal content means equal bytes and no bit of a file can change unnoticed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,102 +27,163 @@ from safetensors.numpy import save
 
 from gradpursuit.errors import StoreError
 from gradpursuit.files import write_atomic
+from gradpursuit.store.encoding import DTYPES, Block
+from gradpursuit.store.spec import differences
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "I32": np.dtype("<i4"),
-    "I64": np.dtype("<i8"),
-}
-NAMES = ("features", "loss", "norm", "row", "tokens")
-KINDS = {"loss": "F32", "norm": "F32", "row": "I64", "tokens": "I32"}
+TAGS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
+COLUMNS = {"norm": "F32", "loss": "F32", "tokens": "I32", "row": "I64"}
+_NUMPY = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64), **{tag: DTYPES[name] for tag, name in TAGS.items()}}
+
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+    struct.error,
+)  # what the bytes of any file may raise in a parser
+
+
+class ShardError(StoreError):
+    """A shard is missing or cannot be used; `reason` says why, without the path and without the way to mend it."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path}: {reason}; collect the gradients again, whole shards are kept")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Shard:
-    """The arrays of one shard, `features` memory-mapped when it was read from disk."""
+    """The rows of one shard at one checkpoint.
+
+    Attributes:
+        features: [n, d], float32 when it is handed to a store; as stored (memory-mapped) when it was read.
+        norm, loss: float32 [n], of the feature before projection and of the row.
+        tokens: int32 [n], supervised.
+        row: int64 [n], index of each row, ascending.
+        dropped: rows of the shard's range that were not computed, index to reason. Together with `row` they are the
+            whole range.
+        scale: float32 [n] by which stored features are multiplied; None for 1.
+    """
 
     features: NDArray[Any]
     norm: NDArray[np.float32]
     loss: NDArray[np.float32]
     tokens: NDArray[np.int32]
     row: NDArray[np.int64]
+    dropped: Mapping[int, str] = field(default_factory=dict)
+    scale: NDArray[np.float32] | None = None
 
-    def digest(self) -> str:
-        """sha256 (hex) over the bytes of the arrays, in name order."""
-        digest = hashlib.sha256()
-        for name in NAMES:
-            digest.update(np.ascontiguousarray(getattr(self, name)).data)
-        return digest.hexdigest()
+    @property
+    def block(self) -> Block:
+        """The features with their scale."""
+        return Block(self.features, self.scale)
+
+    def without(self, rows: Mapping[int, str]) -> Shard:
+        """The shard with the rows of `rows` (index to reason) dropped."""
+        keep = ~np.isin(self.row, list(rows))
+        arrays = {name: getattr(self, name)[keep] for name in ("features", *COLUMNS)}
+        scale = None if self.scale is None else self.scale[keep]
+        gone = {i: rows[i] for i in self.row[~keep].tolist()}
+        return replace(self, **arrays, scale=scale, dropped={**self.dropped, **gone})
 
 
-def write_shard(path: Path, shard: Shard, fingerprint: str) -> None:
-    """Write `shard` atomically.
+def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Write `shard`, whose features are encoded already, atomically; equal content gives equal bytes.
 
     Raises:
-        StoreError: a feature is not finite or a row is all zeros; nothing is written.
+        RunError: the disk is full, or the folder cannot be written.
     """
-    features = np.asarray(shard.features)
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        bad = shard.row[~finite][:5].tolist()
-        raise StoreError(
-            f"{path}: {int((~finite).sum())} rows are not finite in {features.dtype} (first: {bad}); "
-            "use gradients.store_dtype: float32 or model.precision: float32"
-        )
-    zero = ~features.any(axis=1)
-    if zero.any():
-        raise StoreError(f"{path}: {int(zero.sum())} rows are all zeros (first: {shard.row[zero][:5].tolist()})")
-    tensors = {name: np.ascontiguousarray(getattr(shard, name)) for name in NAMES}
-    payload = save(tensors, metadata={"fingerprint": fingerprint, "sha256": shard.digest()})
-    with write_atomic(path) as file:
-        file.writelines(_in_order(payload))
+    tensors = {name: np.ascontiguousarray(getattr(shard, name)) for name in ("features", *COLUMNS)}
+    if shard.scale is not None:
+        tensors["scale"] = np.ascontiguousarray(shard.scale)
+    metadata = {
+        "fingerprint": fingerprint,
+        "parts": _canonical(dict(parts)).decode(),
+        "dropped": _canonical({str(row): shard.dropped[row] for row in sorted(shard.dropped)}).decode(),
+    }
+    file = memoryview(save(tensors, metadata=metadata))
+    (length,) = struct.unpack("<Q", file[:8])
+    header, payload = json.loads(bytes(file[8 : 8 + length])), file[8 + length :]
+    header["__metadata__"]["sha256"] = _digest(header, payload)
+    text = _padded(header)
+    with write_atomic(path) as out:
+        out.writelines((struct.pack("<Q", len(text)), text, payload))
 
 
-def _in_order(payload: bytes) -> tuple[bytes, memoryview]:
-    """A safetensors file with its header's keys sorted: the library writes metadata in an order that varies."""
-    (length,) = struct.unpack("<Q", payload[:8])
-    header = json.dumps(json.loads(payload[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
-    return struct.pack("<Q", len(header)) + header, memoryview(payload)[8 + length :]
-
-
-def read_shard(path: Path, fingerprint: str, *, verify: bool) -> Shard:
+def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), *, verify: bool) -> Shard:
     """Memory-map a shard.
 
     Args:
         path: the file.
         fingerprint: what its header must carry.
+        parts: what the fingerprint stands for, to say how a foreign shard differs.
         verify: read all bytes and compare their sha256 with the header's.
 
     Raises:
-        StoreError: the file is truncated, corrupt, or belongs to a store made with other settings.
+        ShardError: the file is missing, truncated, corrupt, or belongs to a store made with other settings.
     """
     try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > path.stat().st_size:
-                raise ValueError("header is longer than the file")
-            header = json.loads(file.read(length))
-        found, checksum = (header["__metadata__"][name] for name in ("fingerprint", "sha256"))
-        arrays = {name: _map(path, 8 + length, name, header[name]) for name in NAMES}
+        file = np.memmap(path, dtype=np.uint8, mode="r")
+        (length,) = struct.unpack("<Q", file[:8].tobytes())
+        text = file[8 : 8 + length].tobytes()
+        header = json.loads(text)
+        if text != _padded(header):
+            raise ValueError("its header is not as it was written")
+        metadata = header["__metadata__"]
+        if verify and metadata["sha256"] != _digest(header, file[8 + length :]):
+            raise ShardError(path, "its bytes do not match their checksum")
+        found, found_parts = metadata["fingerprint"], json.loads(metadata["parts"])
+        shard = _assemble(header, file[8 + length :])
     except FileNotFoundError:
-        raise StoreError(f"{path}: not there; collect the gradients again, finished shards are kept") from None
-    except (OSError, ValueError, LookupError, TypeError, OverflowError, struct.error) as error:
-        raise StoreError(f"{path}: not a whole shard ({type(error).__name__}: {error})") from None
+        raise ShardError(path, "not there") from None
+    except _UNREADABLE as error:
+        raise ShardError(path, f"not a whole shard ({type(error).__name__}: {error})") from None
     if found != fingerprint:
-        raise StoreError(f"{path}: was made with other settings than its store")
-    shard = Shard(arrays["features"], *(np.array(arrays[name]) for name in ("norm", "loss", "tokens", "row")))
-    if verify and shard.digest() != checksum:
-        raise StoreError(f"{path}: its bytes do not match their checksum; delete it and collect again")
+        raise ShardError(path, f"it was made with other settings than its store ({_first(found_parts, parts)})")
     return shard
 
 
-def _map(path: Path, start: int, name: str, entry: dict[str, Any]) -> NDArray[Any]:
-    if entry["dtype"] != KINDS.get(name, entry["dtype"]):
-        raise ValueError(f"{name} is {entry['dtype']}, expected {KINDS[name]}")
-    begin, end = entry["data_offsets"]
-    if start + end > path.stat().st_size:
-        raise ValueError("file is shorter than its header says")
-    shape = tuple(entry["shape"])
-    return np.memmap(path, dtype=DTYPES[entry["dtype"]], mode="r", offset=start + begin, shape=shape)
+def _first(found: Any, expected: Mapping[str, Any]) -> str:
+    return next(differences(found, json.loads(_canonical(dict(expected)))), "other ids")
+
+
+def _assemble(header: dict[str, Any], payload: NDArray[np.uint8]) -> Shard:
+    """The shard of a parsed header and the bytes after it; features stay memory-mapped, the rest is copied."""
+    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    if max(entry["data_offsets"][1] for entry in entries.values()) != len(payload):
+        raise ValueError(f"{len(payload):,} bytes follow the header, which says otherwise")
+    arrays = {name: _view(payload, name, entry) for name, entry in entries.items()}
+    dropped = {int(row): str(reason) for row, reason in json.loads(header["__metadata__"]["dropped"]).items()}
+    scale = np.array(arrays["scale"]) if "scale" in arrays else None
+    columns = {name: np.array(arrays[name]) for name in COLUMNS}
+    return Shard(arrays["features"], **columns, dropped=dropped, scale=scale)
+
+
+def _view(payload: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    expected = {**COLUMNS, "scale": "F32"}.get(name)
+    if entry["dtype"] != expected and not (name == "features" and entry["dtype"] in TAGS):
+        raise ValueError(f"{name} is {entry['dtype']}, expected {expected or ' or '.join(TAGS)}")
+    dtype, shape, (start, stop) = _NUMPY[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{name} of shape {shape} cannot lie at {start}:{stop}")
+    return payload[start:stop].view(dtype).reshape(shape)
+
+
+def _digest(header: Mapping[str, Any], payload: memoryview | NDArray[np.uint8]) -> str:
+    metadata = {name: value for name, value in header["__metadata__"].items() if name != "sha256"}
+    digest = hashlib.sha256(_canonical({**header, "__metadata__": metadata}))
+    digest.update(payload)
+    return digest.hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _padded(header: Any) -> bytes:
+    """The header as it stands in a file: arrays begin at a multiple of 8 bytes."""
+    text = _canonical(header)
+    return text + b" " * (-len(text) % 8)
