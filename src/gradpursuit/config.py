@@ -90,6 +90,9 @@ class GradientsSection(Section):
     store_dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
         "float32", description="element type on disk: 4, 2, 2 or 1 bytes"
     )
+    max_dropped: float = Field(
+        0.01, ge=0, le=1, description="share of the rows that may have no gradient (not finite, or too long for memory)"
+    )
     shard_rows: int = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +70,17 @@ def build_lora(kind: str, attention: str = "eager", **settings: Any) -> Any:
     return randomize(attach_lora(build_base(kind, attention), LoraSection(r=3, alpha=5, **settings), seed=0))
 
 
+def build_plain(kind: str, pattern: str) -> Any:
+    """A tiny model without an adapter; the weights of the linear layers that match are trainable."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = build_base(kind)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear | Conv1D) and re.search(pattern, name):
+            module.weight.requires_grad_(True)
+    return model
+
+
 def random_rows(lengths: Sequence[int], seed: int = 0, vocabulary: int = VOCABULARY, prompt: float = 0.4) -> list[Row]:
     """Rows of random tokens; the first `prompt` share of each is unsupervised, and so is one token in the middle."""
     generator = torch.Generator().manual_seed(seed)
@@ -103,4 +115,6 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The builders above."""
-    return SimpleNamespace(base=build_base, lora=build_lora, randomize=randomize, rows=random_rows, oracle=oracle)
+    return SimpleNamespace(
+        base=build_base, lora=build_lora, plain=build_plain, randomize=randomize, rows=random_rows, oracle=oracle
+    )

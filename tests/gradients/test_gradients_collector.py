@@ -15,8 +15,10 @@ import torch
 from gradpursuit.config import WarmupSection
 from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradientError, ModelError, RunError, StoreError
-from gradpursuit.gradients.collector import Collector, CollectSpec, FeatureEngine
-from gradpursuit.gradients.hooks import PerExampleGradients
+from gradpursuit.gradients.collector import Collector, CollectSpec
+from gradpursuit.gradients.engine import FeatureEngine
+from gradpursuit.gradients.layout import coordinates
+from gradpursuit.gradients.per_example import PerExampleGradients
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.store import GradientStore
@@ -25,7 +27,7 @@ from gradpursuit.trajectory.model import Compute, trainable
 from gradpursuit.trajectory.warmup import warm_up
 
 FLOAT32 = Compute(torch.device("cpu"), None)
-SPEC = CollectSpec(64, 2, 5, 40, "float32", 4, {"trajectory": "t"})
+SPEC = CollectSpec(64, 2, 5, 40, "float32", 4, 0.3, {"trajectory": "t"})
 ADAM, SYMMETRIC, IDENTITY = Preconditioner("adam"), Preconditioner("adam-symmetric"), Preconditioner("identity")
 
 
@@ -63,12 +65,12 @@ def reference(tiny: Any, world: Any, t: int, row: Row, kind: Preconditioner) -> 
     state = checkpoint.adam(world.model)
     _, gradients = tiny.oracle(world.model, row)
     sketch = SparseSketch(PerExampleGradients(world.model).sizes, SPEC.dim, SPEC.nonzeros, SPEC.sketch_seed)
-    out, square = torch.zeros(SPEC.dim, 1), 0.0
+    out, square, at = torch.zeros(1, SPEC.dim), 0.0, kind.at(state)
     for name, gradient in gradients.items():
-        value = kind(name, gradient[None], state)
+        value = at(name, coordinates(gradient[None]))
         square += float(value.square().sum())
         sketch.add(name, value, out)
-    return out[:, 0].double().numpy(), square**0.5
+    return out[0].double().numpy(), square**0.5
 
 
 @pytest.mark.parametrize("kind", [IDENTITY, SYMMETRIC, ADAM, Preconditioner("adam-centered")], ids=lambda k: k.label)
@@ -158,14 +160,18 @@ def test_only_the_damaged_shard_is_computed_again(
     before = snapshot(tmp_path)
     damage(store.path(1, 1))
     computed: list[list[str]] = []
-    shard = FeatureEngine.shard
+    compute, prepare = FeatureEngine.compute, FeatureEngine.prepare
 
-    def counted(self: FeatureEngine, rows: list[Row], start: int, wanted: Any, *rest: Any) -> Any:
+    def counted(self: FeatureEngine, rows: list[Row], on_rows: Any) -> Any:
         computed.append([row.id for row in rows])
-        assert list(wanted) == [ADAM]
-        return shard(self, rows, start, wanted, *rest)
+        return compute(self, rows, on_rows)
 
-    monkeypatch.setattr(FeatureEngine, "shard", counted)
+    def prepared(self: FeatureEngine, wanted: Any, state: Any) -> None:
+        assert list(wanted) == [ADAM]
+        prepare(self, wanted, state)
+
+    monkeypatch.setattr(FeatureEngine, "compute", counted)
+    monkeypatch.setattr(FeatureEngine, "prepare", prepared)
     collect(world, tmp_path, ADAM, IDENTITY)
     after = snapshot(tmp_path)
     assert computed == [["row-4", "row-5", "row-6", "row-7"]]
@@ -176,7 +182,7 @@ def test_only_the_damaged_shard_is_computed_again(
 
 def test_a_finished_store_needs_no_model(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collect(world, tmp_path, IDENTITY)
-    monkeypatch.setattr(FeatureEngine, "shard", lambda *_: pytest.fail("nothing was missing"))
+    monkeypatch.setattr(FeatureEngine, "compute", lambda *_: pytest.fail("nothing was missing"))
     before = snapshot(tmp_path)
     collect(world, tmp_path, IDENTITY)
     assert snapshot(tmp_path) == before
@@ -244,31 +250,73 @@ def test_float16_store_keeps_the_directions(world: Any, tmp_path: Path) -> None:
     assert cosines(matrix(full), matrix(half)).min() > 1 - 1e-5
 
 
-def test_zero_gradient_is_refused_with_ids(tiny: Any, world: Any, tmp_path: Path) -> None:
+def test_zero_gradients_are_dropped_with_the_reason(tiny: Any, world: Any) -> None:
     """With A and B both zero, neither has a gradient."""
-    checkpoint = world.checkpoints[0]
-    checkpoint.load_adapter(world.model)
-    state = checkpoint.adam(world.model)
-    engine = Collector(world.model, FLOAT32, world.checkpoints, SPEC)._engine
+    model = tiny.lora("llama")
+    engine = FeatureEngine(model, FLOAT32, SparseSketch(PerExampleGradients(model).sizes, 64, 2, 5), 64)
+    engine.prepare([IDENTITY], world.checkpoints[0].adam(model))
     with torch.no_grad():
-        for parameter in trainable(world.model).values():
+        for parameter in trainable(model).values():
             parameter.zero_()
-    with pytest.raises(GradientError, match=r"zero or not finite for 2 of 2 rows: row-0 \(0\), row-1 \(0\)"):
-        engine.shard(list(world.table)[:2], 0, [IDENTITY], state, SimpleNamespace(update=lambda _: None))  # type: ignore[arg-type]
+    found = engine.compute(list(world.table)[:2], lambda _: None)
+    assert found.kept == []
+    assert found.dropped == {0: "the gradient's norm is 0", 1: "the gradient's norm is 0"}
+    assert [tuple(kind.features.shape) for kind in found.kinds] == [(0, 64)]
 
 
-def test_row_without_supervision_is_refused_with_its_id(world: Any, tmp_path: Path) -> None:
+def without_supervision(world: Any, *indices: int) -> Table:
+    """The table, with rows whose loss is the mean of nothing."""
     rows = list(world.table)
-    rows[3] = replace(rows[3], labels=[-100] * len(rows[3].input_ids))
-    with pytest.raises(GradientError, match=r"loss is not finite for 1 of \d+ rows: row-3 \(nan\)"):
-        collect(world, tmp_path, IDENTITY, table=Table(rows))
+    for i in indices:
+        rows[i] = replace(rows[i], labels=[-100] * len(rows[i].input_ids))
+    return Table(rows)
+
+
+def test_rows_without_a_finite_loss_are_dropped_and_the_others_are_what_they_were(world: Any, tmp_path: Path) -> None:
+    usual = collect(world, tmp_path / "usual", ADAM, IDENTITY)
+    stores = collect(world, tmp_path / "fewer", ADAM, IDENTITY, table=without_supervision(world, 3, 7))
+    for label, store in stores.items():
+        assert store.dropped() == {3: "the loss is nan", 7: "the loss is nan"}
+        assert store.kept().tolist() == [0, 1, 2, 4, 5, 6, 8, 9]
+        np.testing.assert_allclose(matrix(store), matrix(usual[label])[:, store.kept()], rtol=1e-4, atol=1e-5)
+        assert store.column("loss").shape == (2, 8)
+
+
+def test_too_many_of_them_are_an_error_that_names_them(world: Any, tmp_path: Path) -> None:
+    table = without_supervision(world, 1, 2, 3, 7)
+    reason = r"of 10 rows have no gradient, more than gradients.max_dropped = 0.3.*'row-1' \(the loss is nan\)"
+    with pytest.raises(GradientError, match=f"4 {reason}"):
+        collect(world, tmp_path / "a", IDENTITY, table=table)
+    with pytest.raises(GradientError, match=r"3 of 10 rows.*gradients.max_dropped = 0 .*rows.jsonl:2"):
+        collect(world, tmp_path / "b", IDENTITY, table=table, spec=replace(SPEC, max_dropped=0.0))
+
+
+def test_a_row_that_fails_at_one_checkpoint_is_absent_from_all(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And from the stores of all preconditioners, however the run was interrupted in between."""
+    settle = Collector._settle
+    monkeypatch.setattr(Collector, "_settle", lambda *_: None)  # killed just before the end
+    stores = collect(world, tmp_path, ADAM, IDENTITY)
+    identity = stores["identity"]
+    whole = identity.read(1, 0)
+    identity.write(1, 0, replace(whole, features=np.array(whole.features)).without({2: "the loss is inf"}))
+    monkeypatch.setattr(Collector, "_settle", settle)
+    stores = collect(world, tmp_path, ADAM, IDENTITY)
+    for store in stores.values():
+        assert store.kept().tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 9]
+        assert [len(block) for block in store.features()[0]] == [3, 4, 2]
+        assert store.verify() == []
+    before = snapshot(tmp_path)
+    collect(world, tmp_path, ADAM, IDENTITY)
+    assert snapshot(tmp_path) == before
 
 
 def test_broken_weights_are_refused(tiny: Any, world: Any, tmp_path: Path) -> None:
     model = tiny.lora("llama")
     with torch.no_grad():
         model.base_model.model.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(GradientError, match="loss is not finite"):
+    with pytest.raises(GradientError, match=r"4 of 10 rows.*the loss is nan.*every row so far is affected"):
         Collector(model, FLOAT32, world.checkpoints, SPEC).collect("pool", world.table, [IDENTITY], tmp_path)
 
 
@@ -294,24 +342,25 @@ def test_a_layer_that_some_rows_do_not_use_has_a_zero_gradient(tiny: Any, world:
     sizes = PerExampleGradients(world.model).sizes
     sketch = SparseSketch(sizes, 64, 2, 5)
     engine = FeatureEngine(world.model, FLOAT32, sketch, 64)
+    engine.prepare([ADAM, IDENTITY], state)
     layer = world.model.base_model.model.model.layers[1]
     forward = layer.mlp.forward
     layer.mlp.forward = torch.zeros_like
     try:
-        (found, plain), _, _ = engine.batch([world.table[0]], [ADAM, IDENTITY], state)
+        found, plain = engine.batch([world.table[0]]).kinds
         gradients = _gradients_that_exist(world.model, world.table[0])
     finally:
         layer.mlp.forward = forward
     unused = [name for name in sizes if ".layers.1.mlp." in name]
     assert len(unused) == 6
-    expected = torch.zeros(64, 1)
+    expected, adam = torch.zeros(1, 64), ADAM.at(state)
     for name in unused:
-        sketch.add(name, ADAM(name, torch.zeros(1, *state.m[name].shape), state), expected)
+        sketch.add(name, adam(name, torch.zeros(1, sizes[name])), expected)
     assert float(expected.norm()) > 0
     for name, gradient in gradients.items():
-        sketch.add(name, ADAM(name, gradient[None], state), expected)
+        sketch.add(name, adam(name, coordinates(gradient[None])), expected)
     assert set(gradients) == set(sizes) - set(unused)
-    assert torch.allclose(found.features[0], expected[:, 0], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(found.features[0], expected[0], rtol=1e-3, atol=1e-3)
     assert torch.isfinite(plain.features).all()
 
 

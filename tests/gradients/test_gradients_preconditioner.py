@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradpursuit.errors import ConfigError
+from gradpursuit.gradients.layout import coordinates
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.trajectory.checkpoint import AdamState
 
@@ -28,6 +29,11 @@ def adam_after(steps: int, seed: int = 0) -> tuple[torch.nn.Parameter, torch.opt
     return parameter, optimizer, state
 
 
+def apply(kind: Preconditioner, gradient: Tensor, state: AdamState) -> Tensor:
+    """Γ of gradients [B, *shape], in that shape."""
+    return kind.at(state)("p", coordinates(gradient)).reshape(gradient.shape)
+
+
 def gradients(count: int = 3, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(9))
 
@@ -36,7 +42,7 @@ def gradients(count: int = 3, scale: float = 1.0) -> Tensor:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 50.0])
 def test_adam_is_the_next_optimizer_step(steps: int, scale: float) -> None:
     _, _, state = adam_after(steps)
-    features = Preconditioner("adam")("p", gradients(scale=scale), state)
+    features = apply(Preconditioner("adam"), gradients(scale=scale), state)
     for gradient, feature in zip(gradients(scale=scale), features, strict=True):
         parameter, optimizer, _ = adam_after(steps)
         rate = 1.0  # large beside the parameter, so that the difference below keeps its digits
@@ -53,9 +59,9 @@ def test_adam_without_bias_correction_is_the_formula_of_less() -> None:
     g = gradients().double()
     m, v = state.m["p"].double(), state.v["p"].double()
     expected = (0.9 * m + 0.1 * g) / ((0.999 * v + 0.001 * g * g).sqrt() + 1e-8)
-    found = Preconditioner("adam", bias_correction=False)("p", gradients(), state)
+    found = apply(Preconditioner("adam", bias_correction=False), gradients(), state)
     assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7)
-    corrected = Preconditioner("adam")("p", gradients(), state)
+    corrected = apply(Preconditioner("adam"), gradients(), state)
     assert not torch.allclose(found, corrected, rtol=0.1)
 
 
@@ -64,7 +70,7 @@ def test_linear_preconditioners_are_their_formulae(name: str, power: float) -> N
     _, _, state = adam_after(4)
     v_hat = state.v["p"].double().numpy() / (1 - 0.999**4)
     expected = gradients().double().numpy() / (np.sqrt(v_hat) + 1e-8) ** power
-    found = Preconditioner(name)("p", gradients(), state)  # type: ignore[arg-type]
+    found = apply(Preconditioner(name), gradients(), state)  # type: ignore[arg-type]
     np.testing.assert_allclose(found.double().numpy(), expected, rtol=1e-5)
 
 
@@ -72,8 +78,8 @@ def test_symmetric_on_both_sides_is_the_centred_influence() -> None:
     """⟨symmetric(a), symmetric(b)⟩ = ⟨centered(a), b⟩: Adam's norm, with pool and target in one space."""
     _, _, state = adam_after(4)
     a, b = gradients(2)
-    symmetric = Preconditioner("adam-symmetric")("p", torch.stack([a, b]), state)
-    centered = Preconditioner("adam-centered")("p", a[None], state)
+    symmetric = apply(Preconditioner("adam-symmetric"), torch.stack([a, b]), state)
+    centered = apply(Preconditioner("adam-centered"), a[None], state)
     assert float((symmetric[0] * symmetric[1]).sum()) == pytest.approx(float((centered[0] * b).sum()), rel=1e-4)
 
 
@@ -81,8 +87,8 @@ def test_symmetric_on_both_sides_is_the_centred_influence() -> None:
 def test_rows_do_not_see_each_other(name: str) -> None:
     _, _, state = adam_after(3)
     kind = Preconditioner(name)  # type: ignore[arg-type]
-    together = kind("p", gradients(), state)
-    alone = torch.cat([kind("p", gradient[None], state) for gradient in gradients()])
+    together = apply(kind, gradients(), state)
+    alone = torch.cat([apply(kind, gradient[None], state) for gradient in gradients()])
     assert torch.equal(together, alone)
 
 
@@ -90,7 +96,7 @@ def test_the_state_is_left_as_it_was() -> None:
     _, _, state = adam_after(3)
     m, v, g = state.m["p"].clone(), state.v["p"].clone(), gradients()
     for name in ("adam", "adam-centered", "adam-symmetric", "identity"):
-        Preconditioner(name)("p", g, state)  # type: ignore[arg-type]
+        apply(Preconditioner(name), g, state)  # type: ignore[arg-type]
     assert torch.equal(state.m["p"], m)
     assert torch.equal(state.v["p"], v)
     assert torch.equal(g, gradients())

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradpursuit.gradients.layout import coordinates
 from gradpursuit.gradients.sketch import SparseSketch
 
 
 def apply(sketch: SparseSketch, values: dict[str, Tensor]) -> Tensor:
     """The sketch [B, d] of one value per parameter."""
-    out = torch.zeros(sketch.dim, len(next(iter(values.values()))))
+    out = torch.zeros(len(next(iter(values.values()))), sketch.dim)
     for name, value in values.items():
         sketch.add(name, value, out)
-    return out.t()
+    return out
 
 
 def dense(sketch: SparseSketch, name: str, size: int) -> Tensor:
@@ -77,8 +78,21 @@ def test_add_equals_the_dense_product_and_accumulates() -> None:
     generator = torch.Generator().manual_seed(4)
     a, b = torch.randn(3, 4, 3, generator=generator), torch.randn(3, 5, 6, generator=generator)
     found = apply(sketch, {"a": a, "b": b})
-    expected = a.flatten(1) @ dense(sketch, "a", 12).t() + b.flatten(1) @ dense(sketch, "b", 30).t()
+    expected = coordinates(a) @ dense(sketch, "a", 12).t() + coordinates(b) @ dense(sketch, "b", 30).t()
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_a_matrix_is_numbered_along_its_longer_side() -> None:
+    sketch = SparseSketch({"p": 35}, 16, 2, 5)
+    tall = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    wide = tall.transpose(1, 2)
+    assert torch.equal(apply(sketch, {"p": tall}), apply(sketch, {"p": wide}))
+    assert torch.equal(apply(sketch, {"p": wide.contiguous()}), apply(sketch, {"p": wide.flatten(1)}))
+
+
+def test_coordinates_of_one_piece_never_meet() -> None:
+    units = (dense(SparseSketch({"p": 3 * 64}, 64, 1, 0), "p", 3 * 64) != 0).reshape(64, 3, 64)
+    assert (units.sum(2) == 1).all()
 
 
 def test_rows_depend_on_seed_and_name_alone() -> None:
@@ -116,12 +130,12 @@ def test_the_matrix_is_pinned() -> None:
         .to(torch.int8)
     )
     digest = hashlib.sha256(units.numpy().tobytes()).hexdigest()
-    assert digest == "17a9ef901e348d05ebce8688596a1c5f6c0c4b7e7f5189721bae18508183b4b0"
+    assert digest == "1108fd93f7427df037157bf68fc26579421cf03861e158e9525e8ed07b961a89"
 
 
 def test_describe_says_what_tells_sketches_apart() -> None:
     assert SparseSketch({"a": 12, "b": 30}, 16, 2, 5).describe() == {
-        "name": "sparse-jl",
+        "name": "rotation-count-sketch",
         "seed": 5,
         "dim": 16,
         "nonzeros": 2,

@@ -56,7 +56,9 @@ class Collector:
         spec: sizes, seeds and origin.
     """
 
-    def __init__(self, model: nn.Module, compute: Compute, checkpoints: Sequence[Checkpoint], spec: CollectSpec) -> None:
+    def __init__(
+        self, model: nn.Module, compute: Compute, checkpoints: Sequence[Checkpoint], spec: CollectSpec
+    ) -> None:
         self._model, self._checkpoints, self._spec = model, checkpoints, spec
         sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
         self._sketch = SparseSketch(sizes, spec.dim, spec.nonzeros, spec.sketch_seed, compute.device)

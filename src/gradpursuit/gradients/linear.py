@@ -116,7 +116,8 @@ def followed_linears(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Mod
     """
     from gradpursuit.trajectory.model import trainable
 
-    owners = {id(parameter): name for name, parameter in trainable(model).items()}
+    parameters = trainable(model)
+    owners = {id(value): name for name, value in parameters.items() if ".modules_to_save." not in name}
     output = model.get_output_embeddings()  # type: ignore[operator]  # it sees labelled positions of all rows at once
     head = set(output.modules()) if output is not None else set()
     found: dict[nn.Module, FollowedLinear] = {}
@@ -130,7 +131,7 @@ def followed_linears(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Mod
         names = [owners.get(id(part)) for part in ((lora.a, lora.b) if lora else (base.weight,))]
         if None not in names:
             found[module] = FollowedLinear(base, lora, tuple(map(str, names)), dtype or base.weight.dtype)
-    left = sorted(set(owners.values()) - {name for layer in found.values() for name in layer.names})
+    left = sorted(set(parameters) - {name for layer in found.values() for name in layer.names})
     if left:
         raise ModelError(
             f"{len(left)} trainable parameters are neither weights of linear layers nor of plain LoRA adapters on "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.data import Renderer, Row
 from gradpursuit.errors import ModelError
-from gradpursuit.gradients.hooks import PerExampleGradients
+from gradpursuit.gradients.per_example import PerExampleGradients
 from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute, attach_lora, load_model, load_tokenizer, trainable
 
@@ -58,6 +58,89 @@ def test_every_matrix_equals_autograd(tiny: Any, kind: str, attention: str) -> N
     model = tiny.lora(kind, attention)
     assert model.config._attn_implementation == attention
     assert_matches_oracle(tiny, model, tiny.rows([12, 5, 19, 12]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern", "count"),
+    [
+        ("llama", r"layers\.\d\.(self_attn|mlp)\.", 14),
+        ("llama", r"layers\.1\.mlp\.down_proj", 1),
+        ("gpt2", r"h\.\d\.(attn|mlp)\.", 8),
+        ("qwen2", r"q_proj|o_proj", 4),
+        ("gemma3", r"layers\.0\.", 7),
+    ],
+)
+def test_weights_of_plain_linear_layers_equal_autograd(tiny: Any, kind: str, pattern: str, count: int) -> None:
+    model = tiny.plain(kind, pattern)
+    assert len(trainable(model)) == count
+    assert_matches_oracle(tiny, model, tiny.rows([12, 5, 19, 12]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rank_stabilised_adapters_equal_autograd(tiny: Any, kind: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = tiny.randomize(get_peft_model(tiny.base(kind), settings))
+    scalings = {module.scaling["default"] for module in model.modules() if hasattr(module, "lora_A")}
+    assert scalings == {3.0}  # 6 / √4, which plain LoRA would make 6 / 4
+    assert_matches_oracle(tiny, model, tiny.rows([12, 5, 19]))
+
+
+def test_no_gradient_is_left_in_the_parameters(tiny: Any) -> None:
+    model = tiny.lora("llama")
+    with PerExampleGradients(model).capture(lambda *_: None):
+        losses, _ = SupervisedLoss(model, FLOAT32)(collate(tiny.rows([9, 4]), 0))
+        losses.sum().backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_changed_weights_are_noticed(tiny: Any) -> None:
+    """W + sBA is kept between batches, but never longer than it is true."""
+    model, rows = tiny.lora("llama"), tiny.rows([9, 4])
+    engine = PerExampleGradients(model)
+    found: dict[str, Tensor] = {}
+    for seed in (3, 4):
+        tiny.randomize(model, seed)
+        with engine.capture(found.__setitem__):
+            losses, _ = SupervisedLoss(model, FLOAT32)(collate(rows, 0))
+            losses.sum().backward()
+        loss, expected = tiny.oracle(model, rows[0])
+        assert float(losses[0].detach()) == pytest.approx(loss, rel=1e-5)
+        for name, gradient in expected.items():
+            assert (found[name][0] - gradient).norm() <= TOLERANCE * gradient.norm(), (seed, name)
+
+
+def test_layers_below_the_first_followed_one_are_not_gone_through(tiny: Any) -> None:
+    model = tiny.plain("llama", r"layers\.1\.mlp\.down_proj")
+    reached: list[str] = []
+    below = model.model.layers[0].mlp.down_proj
+    below.register_forward_hook(lambda _module, _args, output: reached.append(str(output.requires_grad)))
+    per_example(model, tiny.rows([7]))
+    assert reached == ["False"]
+
+
+def test_bfloat16_stays_close_to_float32(tiny: Any) -> None:
+    model, rows = tiny.lora("llama"), tiny.rows([12, 5, 19])
+    _, exact = per_example(model, rows)
+    half = Compute(torch.device("cpu"), torch.bfloat16)
+    found: dict[str, Tensor] = {}
+    with PerExampleGradients(model, torch.bfloat16).capture(found.__setitem__):
+        losses, _ = SupervisedLoss(model, half)(collate(rows, 0))
+        losses.sum().backward()
+    assert all(gradient.dtype == torch.float32 for gradient in found.values())
+    for index in range(len(rows)):
+        a, b = (torch.cat([values[name][index].flatten() for name in exact]).double() for values in (exact, found))
+        cosine = float(a @ b / a.norm() / b.norm())
+        assert 1e-9 < 1 - cosine < 1e-3, f"row {index}: 1 - cos {1 - cosine:.1e}"
+
+
+def test_two_modules_that_share_a_weight_count_as_one(tiny: Any) -> None:
+    model = tiny.plain("llama", r"layers\.\d\.self_attn\.q_proj")
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    second.weight = first.weight
+    assert len(trainable(model)) == 1
+    assert_matches_oracle(tiny, model, tiny.rows([12, 5]))
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
@@ -148,7 +231,7 @@ def test_module_used_twice_counts_every_use(tiny: Any, waste: bool) -> None:
             assert (found[name][index] - parameter.grad).norm() <= TOLERANCE * parameter.grad.norm(), name
 
 
-def test_hooks_are_gone_after_the_block_even_after_an_error(tiny: Any) -> None:
+def test_the_model_is_itself_after_the_block_even_after_an_error(tiny: Any) -> None:
     model = tiny.lora("llama")
     engine = PerExampleGradients(model)
     calls: list[str] = []
@@ -157,7 +240,7 @@ def test_hooks_are_gone_after_the_block_even_after_an_error(tiny: Any) -> None:
     losses, _ = SupervisedLoss(model, FLOAT32)(collate(tiny.rows([6]), 0))
     losses.sum().backward()
     assert calls == []
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
 
 
 def test_tokens_without_their_example_are_refused(tiny: Any) -> None:

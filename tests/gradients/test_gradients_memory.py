@@ -1,0 +1,83 @@
+"""Too little memory, for real: a process of its own with a limit on its address space."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHILD = """
+import json, logging, resource, sys
+import torch
+from conftest import build_lora, random_rows
+from gradpursuit.gradients.engine import FeatureEngine
+from gradpursuit.gradients.per_example import PerExampleGradients
+from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.gradients.sketch import SparseSketch
+from gradpursuit.trajectory.checkpoint import AdamState
+from gradpursuit.trajectory.model import Compute
+
+torch.set_num_threads(1)
+messages = []
+logger = logging.getLogger("gradpursuit")
+logger.addHandler(handler := logging.Handler())
+handler.emit = lambda record: messages.append(record.getMessage())
+lengths, limit_mb = json.loads(sys.argv[1])
+model = build_lora("llama")
+engine = FeatureEngine(model, Compute(torch.device("cpu"), None),
+                       SparseSketch(PerExampleGradients(model).sizes, 64, 2, 5), 10**6)
+engine.prepare([Preconditioner("identity")], AdamState({}, {}, 1, 0.9, 0.999, 1e-8))
+engine.compute(random_rows([8]), lambda _: None)  # what is allocated once is there before the limit
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+resource.setrlimit(resource.RLIMIT_AS, (used + limit_mb * 2**20, hard))
+done = []
+found = engine.compute(random_rows(lengths), done.append)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+free = FeatureEngine(model, Compute(torch.device("cpu"), None),
+                     SparseSketch(PerExampleGradients(model).sizes, 64, 2, 5), 100)
+free.prepare([Preconditioner("identity")], AdamState({}, {}, 1, 0.9, 0.999, 1e-8))
+rows = random_rows(lengths)
+alone = free.compute([rows[i] for i in found.kept], lambda _: None)
+difference = (found.kinds[0].features - alone.kinds[0].features).norm(dim=1) / alone.kinds[0].norm
+print(json.dumps({"kept": found.kept, "dropped": found.dropped, "done": sum(done), "messages": messages,
+                  "difference": float(difference.max())}))
+"""
+
+
+def compute(lengths: list[int], limit_mb: int) -> dict[str, object]:
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r})\n{CHILD}", json.dumps([lengths, limit_mb])],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_batch_that_does_not_fit_is_halved_and_goes_on() -> None:
+    found = compute([200] * 64, limit_mb=150)  # attention scores alone: 64 x 4 x 200 x 200 floats = 41 MB a tensor
+    assert found["kept"] == list(range(64))
+    assert found["dropped"] == {}
+    assert found["done"] == 64
+    messages = found["messages"]
+    assert isinstance(messages, list)
+    assert messages[0] == (
+        "out of memory on cpu with 12800 tokens in a batch: gradients.tokens_per_batch is 6400 from here on"
+    )
+    assert float(str(found["difference"])) < 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_row_that_does_not_fit_alone_is_dropped() -> None:
+    found = compute([20, 3000, 30], limit_mb=150)  # one tensor of attention scores: 4 x 3000 x 3000 floats = 144 MB
+    assert found["kept"] == [0, 2]
+    assert found["dropped"] == {"1": "out of memory on cpu with this row alone"}
+    assert found["done"] == 3
