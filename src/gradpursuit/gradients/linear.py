@@ -1,8 +1,8 @@
 """Linear layers whose weights, or whose LoRA matrices, are followed.
 
 At a checkpoint every weight is a constant, so a LoRA layer y = W x + s B A x is computed as the one product
-(W + s B A) x: forward and backward pass cost what they cost without an adapter, and the gradients of A and B are made of
-the layer's input and output gradient alone.
+(W + s B A) x: forward and backward pass cost what they cost without an adapter, and the gradients of A and B are made
+of the layer's input and output gradient alone.
 """
 
 from __future__ import annotations

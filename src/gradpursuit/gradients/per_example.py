@@ -78,8 +78,8 @@ class _Pass:
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
             if x.dim() < 3:
                 raise ModelError(
-                    f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart (as in the "
-                    "experts of a mixture); leave that layer out of model.lora.target_modules"
+                    f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart "
+                    "(as in the experts of a mixture); leave that layer out of model.lora.target_modules"
                 )
             self._pending.update(layer.names)
             output: Tensor = Linear.apply(x, self._anchor, self._as(x, layer.dtype), layer, self._sink(layer))
