@@ -63,6 +63,7 @@ class Collector:
         sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
         self._sketch = SparseSketch(sizes, spec.dim, spec.nonzeros, spec.sketch_seed, compute.device)
         self._engine = FeatureEngine(model, compute, self._sketch, spec.tokens_per_batch)
+        self._at: tuple[int, tuple[Preconditioner, ...]] | None = None
         self._precision = str(compute.autocast or torch.float32).removeprefix("torch.")
 
     def collect(
@@ -93,14 +94,12 @@ class Collector:
         total = len(table) * len(self._checkpoints)
         done = total - sum(len(shards[s]) for _, s in todo)
         with Progress(f"gradients of the {name}", total, "rows", done) as progress:
-            for t, checkpoint in enumerate(self._checkpoints):
+            for t in range(len(self._checkpoints)):
                 here = {s: lacking for (at, s), lacking in todo.items() if at == t}
                 if not here:
                     continue
-                checkpoint.load_adapter(self._model)
-                state = checkpoint.adam(self._model)
                 for s, lacking in here.items():
-                    self._engine.prepare(lacking, state)
+                    self.at(t, lacking)
                     found = self._engine.compute([table[i] for i in shards[s]], progress.update)
                     for kind, shard in zip(lacking, _as_shards(found, shards[s]), strict=True):
                         stores[kind].write(t, s, shard)
@@ -108,6 +107,14 @@ class Collector:
                         self._refuse_too_many(table, stores)
         self._settle(table, stores)
         return {kind.label: store for kind, store in stores.items()}
+
+    def at(self, checkpoint: int, wanted: Sequence[Preconditioner]) -> FeatureEngine:
+        """The engine at a checkpoint (from 0), set to compute features of `wanted`."""
+        if self._at != (checkpoint, tuple(wanted)):
+            self._checkpoints[checkpoint].load_adapter(self._model)
+            self._engine.prepare(wanted, self._checkpoints[checkpoint].adam(self._model))
+            self._at = (checkpoint, tuple(wanted))
+        return self._engine
 
     def _settle(self, table: Table, stores: Mapping[Preconditioner, GradientStore]) -> None:
         """All checkpoints of all stores must hold the same rows."""

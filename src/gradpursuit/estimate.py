@@ -1,0 +1,293 @@
+"""What a run will cost, measured on a few dozen of its own rows before anything is spent."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from gradpursuit.config import DataSection, RunConfig
+from gradpursuit.data import Renderer, Row, Table, prepare
+from gradpursuit.evaluation.compare import heldout_loss
+from gradpursuit.gradients.engine import FeatureEngine
+from gradpursuit.gradients.sketch import SparseSketch
+from gradpursuit.pipeline import Run
+from gradpursuit.stages import tuned_model, wanted_features
+from gradpursuit.store import StoreSpec
+from gradpursuit.trajectory.checkpoint import AdamState
+from gradpursuit.trajectory.loss import token_batches
+from gradpursuit.trajectory.model import load_tokenizer, trainable
+from gradpursuit.trajectory.training import TrainSpec, train
+
+logger = logging.getLogger("gradpursuit")
+SAMPLE = 1024  # pool rows that are read and rendered
+_STEPS, _BATCHES = 4, 8  # training steps and gradient batches that are timed
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage: `seconds`, and `disk` in bytes that it leaves behind."""
+
+    seconds: float
+    disk: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will cost.
+
+    Attributes:
+        stages: cost of every stage, in order.
+        full_training: seconds of fine-tuning once on the whole pool, with the epochs of the evaluation.
+        memory: peak resident bytes of the host while it was measured.
+        gpu_memory: peak bytes on the GPU, or None.
+        rows: of pool and target after cleaning (of a sample: extrapolated).
+        compute: device and precision.
+    """
+
+    stages: dict[str, Cost]
+    full_training: float
+    memory: int
+    gpu_memory: int | None
+    rows: dict[str, int]
+    compute: str
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages together."""
+        return sum(cost.seconds for cost in self.stages.values())
+
+    @property
+    def disk(self) -> int:
+        """Bytes that all stages leave behind."""
+        return sum(cost.disk for cost in self.stages.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {**asdict(self), "seconds": self.seconds, "disk": self.disk}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Cleaned rows to measure with; `scale` is how many rows of the pool each of its rows stands for."""
+
+    pool: Table
+    target: Table
+    heldout: Table
+    scale: float
+    seconds: float
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Measure a few dozen rows and steps, and scale them up to the run. Leaves no run folder behind.
+
+    Raises:
+        GradPursuitError: whatever the run itself would refuse of configuration, data and model.
+    """
+    run = Run(config)
+    sample = _sample(run)
+    step = _step_seconds(run, sample)
+    stages = {
+        "data": Cost(sample.seconds, int(sum(map(_row_bytes, sample.pool)) * sample.scale)),
+        "trajectory": _trajectory(run, sample, step),
+        "gradients": _gradients(run, sample),
+        "selection": _selection(run, sample),
+        "evaluation": _evaluation(run, sample, step),
+    }
+    settings = config.evaluation
+    rows = {"pool": round(len(sample.pool) * sample.scale), "target": len(sample.target), "heldout": len(sample.heldout)}
+    full = settings.epochs * -(-rows["pool"] // settings.batch_size) * step[settings.batch_size]
+    cuda = run.compute.device.type == "cuda"
+    return Estimate(
+        stages,
+        full,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        torch.cuda.max_memory_allocated() if cuda else None,
+        rows,
+        str(run.compute),
+    )
+
+
+def _sample(run: Run) -> Sample:
+    """Up to 1,024 rows of the pool, drawn at random from all its files, and the whole target."""
+    config = run.config
+    files = [(path, _line_count(path)) for path in config.data.pool]
+    total = sum(count for _, count in files)
+    with tempfile.TemporaryDirectory() as folder:
+        data, scale = config.data, 1.0
+        if total > SAMPLE:
+            chosen = set(np.random.default_rng(0).permutation(total)[:SAMPLE].tolist())
+            data, scale = _drawn(data, chosen, Path(folder)), total / SAMPLE
+        start = time.monotonic()
+        renderer = Renderer(load_tokenizer(config.model))
+        prepare(data, renderer, Path(folder), config.evaluation.holdout, run.seed("holdout"))
+        seconds = (time.monotonic() - start) * scale
+        pool, target, heldout = (Table.read(Path(folder) / f"{n}.parquet") for n in ("pool", "target", "heldout"))
+    return Sample(pool, target, heldout, scale, seconds)
+
+
+def _line_count(path: str) -> int:
+    from gradpursuit.errors import DataError
+
+    try:
+        with Path(path).open("rb") as file:
+            return sum(1 for line in file if line.strip())
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _drawn(data: DataSection, chosen: set[int], folder: Path) -> DataSection:
+    """The data with the chosen lines of the pool only, counted over all its files."""
+    paths, number = [], 0
+    for path in data.pool:
+        lines: list[bytes] = []
+        with Path(path).open("rb") as file:
+            for line in filter(bytes.strip, file):
+                if number in chosen:
+                    lines.append(line if line.endswith(b"\n") else line + b"\n")
+                number += 1
+        if lines:
+            copy = folder / str(len(paths)) / Path(path).name
+            copy.parent.mkdir()
+            copy.write_bytes(b"".join(lines))
+            paths.append(str(copy))
+    return data.model_copy(update={"pool": paths})
+
+
+def _row_bytes(row: Row) -> int:
+    """Of a row in the data stage's files, before compression."""
+    return len(row.original) + 8 * len(row.input_ids) + 128
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress of the measurements themselves."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _step_seconds(run: Run, sample: Sample) -> dict[int, float]:
+    """Seconds of one training step, for every batch size that the run uses."""
+    found = {}
+    rows = list(sample.pool)
+    for size in {run.config.warmup.batch_size, run.config.evaluation.batch_size}:
+        times = [0.0]
+        with tuned_model(run, run.seed("adapter")) as model, _quiet():
+            spec = TrainSpec(_STEPS + 1, size, 1e-6, run.seed("warmup"), "training steps")
+            train(model, rows, spec, run.compute, on_step=lambda *_, times=times: times.append(time.monotonic()))
+        found[size] = statistics.mean(np.diff(times[1:]).tolist())  # the first step warms up
+    logger.info("measured: %s", ", ".join(f"a step of {size} rows {s:.2f} s" for size, s in found.items()))
+    return found
+
+
+def _trajectory(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
+    settings = run.config.warmup
+    if settings.trajectory:
+        return Cost(0.0)
+    slice_rows = max(1, -(-settings.fraction * len(sample.pool) * sample.scale // 1))
+    steps = settings.epochs * -(-slice_rows // settings.batch_size)
+    with tuned_model(run, run.seed("adapter")) as model:
+        size = sum(parameter.numel() for parameter in trainable(model).values())
+    return Cost(steps * step[settings.batch_size], 12 * size * settings.checkpoints)
+
+
+def _gradients(run: Run, sample: Sample) -> Cost:
+    """Time batches of several lengths, and take every batch that the run will make at the cost of one like it."""
+    settings, checkpoints = run.config.gradients, run.config.warmup.checkpoints
+    wanted = wanted_features(run)
+    tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
+    seconds, disk = 0.0, 0
+    with tuned_model(run, run.seed("adapter")) as model, _quiet():
+        for name, (table, scale) in tables.items():
+            if not wanted[name]:
+                continue
+            engine = _engine(run, model, wanted[name])
+            batches = _plan(table, settings.shard_rows, settings.tokens_per_batch)
+            seconds += _plan_seconds(engine, table, batches) * scale * checkpoints
+            spec = StoreSpec(tuple(table.ids), checkpoints, settings.dim, settings.store_dtype, settings.shard_rows, {})
+            disk += int(spec.nbytes * scale) * len(wanted[name])
+    return Cost(seconds, disk)
+
+
+def _engine(run: Run, model: nn.Module, kinds: Sequence[Any]) -> FeatureEngine:
+    """An engine with moments that cost what real ones do."""
+    parameters, settings = trainable(model), run.config.gradients
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    sketch = SparseSketch(sizes, settings.dim, settings.nonzeros, 0, run.compute.device)
+    engine = FeatureEngine(model, run.compute, sketch, settings.tokens_per_batch)
+    m = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    v = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
+    engine.prepare(kinds, AdamState(m, v, 1, 0.9, 0.999, 1e-8))
+    return engine
+
+
+def _plan(table: Table, shard_rows: int, budget: int) -> list[list[int]]:
+    """The batches of a whole table, shard by shard."""
+    plan: list[list[int]] = []
+    for start in range(0, len(table), shard_rows):
+        rows = table[start : start + shard_rows]
+        plan += [[start + i for i in batch] for batch in token_batches([len(row.input_ids) for row in rows], budget)]
+    return plan
+
+
+def _plan_seconds(engine: FeatureEngine, table: Table, batches: list[list[int]]) -> float:
+    """Seconds of all batches: some are timed, the others cost per padded token what the timed ones next to them do."""
+
+    def tokens(batch: list[int]) -> int:
+        return len(batch) * max(len(table[i].input_ids) for i in batch)
+
+    order = sorted(range(len(batches)), key=lambda b: max(len(table[i].input_ids) for i in batches[b]))
+    places = np.unique(np.linspace(0, len(order) - 1, min(_BATCHES, len(order))).round().astype(int))
+    engine.batch([table[i] for i in batches[order[0]]])  # the first pass warms up
+    rates = []
+    for place in places:
+        batch = batches[order[place]]
+        start = time.monotonic()
+        engine.batch([table[i] for i in batch])
+        rates.append((time.monotonic() - start) / tokens(batch))
+    each = np.interp(np.arange(len(order)), places, rates)
+    return float(sum(rate * tokens(batches[b]) for rate, b in zip(each, order, strict=True)))
+
+
+def _selection(run: Run, sample: Sample) -> Cost:
+    """At most: `max_iter` passes over the features of every strategy that reads them, as fast as memory is read."""
+    settings = run.config
+    block = np.ones((64 << 20) // 4, dtype=np.float32)
+    start = time.monotonic()
+    float(block @ block)
+    rate = block.nbytes / max(time.monotonic() - start, 1e-9)
+    rows = len(sample.pool) * sample.scale
+    spec = StoreSpec(("",), settings.warmup.checkpoints, settings.gradients.dim, settings.gradients.store_dtype, 1, {})
+    strategies = [strategy for strategy in run.strategies() if strategy.needs(settings.gradients)]
+    return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
+
+
+def _evaluation(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
+    """Fine-tuning and scoring of every strategy and seed, and scoring of the base model."""
+    settings, rows = run.config.evaluation, len(sample.pool) * sample.scale
+    selection = run.config.selection
+    k = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
+    cells = len(selection.strategies) * settings.seeds
+    steps = settings.epochs * -(-k // settings.batch_size)
+    scored = sample.heldout.take(range(0, len(sample.heldout), max(1, len(sample.heldout) // 32)))
+    with tuned_model(run, run.seed("adapter")) as model, _quiet():
+        heldout_loss(model, scored, run.compute)
+        start = time.monotonic()
+        heldout_loss(model, scored, run.compute)
+    score = (time.monotonic() - start) * len(sample.heldout) / len(scored)
+    return Cost(cells * steps * step[settings.batch_size] + (cells + 1) * score)
