@@ -23,8 +23,7 @@ _CHUNK = 1024  # elements summed in the precision of r before float64 takes over
 _WIDE = {types.int8: types.float32, types.int16: types.float32, types.uint16: types.float32}
 
 
-@intrinsic
-def _widen(_: Any, value: Any) -> Any:
+def _widen_stored(_: Any, value: Any) -> Any:
     """A stored element as float32, or float64 if it is one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -39,6 +38,9 @@ def _widen(_: Any, value: Any) -> Any:
         return element
 
     return _WIDE.get(value, value)(value), generate
+
+
+_widen: Any = intrinsic(_widen_stored)  # as kernels call it, with the element alone
 
 
 @njit(nogil=True, fastmath=_SUMS)

@@ -137,7 +137,7 @@ def _slices(count: int, item_bytes: int) -> Iterator[slice]:
 def _threads() -> int:
     import numba
 
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def _each(work: Callable[[Task], object], tasks: list[Task]) -> None:
