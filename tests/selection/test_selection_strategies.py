@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,8 @@ from gradpursuit.errors import ConfigError, SelectionError
 from gradpursuit.selection import STRATEGIES, SelectionProblem, derive_seed, strategy
 from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.selection.less import influence
+from gradpursuit.store import DTYPES
+from gradpursuit.store.encoding import encode
 
 T, N, M, D = 3, 40, 6, 24
 
@@ -55,6 +59,51 @@ def test_stacking_is_the_written_formula(unit: bool, balance: bool) -> None:
     assert matrix.shape == A.shape
     np.testing.assert_allclose(matrix.columns(np.arange(N)), A, rtol=2e-6, atol=1e-9)
     np.testing.assert_allclose(b, np.concatenate(expected_b), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_of_a_store_are_read_with_their_scales(dtype: str) -> None:
+    """Every reading of stored features is that of the decoded rows."""
+    plain = features(np.random.default_rng(1), N)
+    stored = [[encode(np.asarray(block), dtype) for block in shards] for shards in plain.blocks]
+    made = TrajectoryFeatures(stored)
+    decoded = np.stack([np.concatenate([np.asarray(b, np.float64) for b in shards]) for shards in stored])
+    assert (len(made), made.checkpoints) == (N, T)
+    np.testing.assert_allclose(made.norms(), np.linalg.norm(decoded, axis=2), rtol=1e-12)
+    directions = np.random.default_rng(2).standard_normal((D, 3))
+    for t in range(T):
+        np.testing.assert_array_equal(made.at(t), decoded[t])
+        np.testing.assert_allclose(made.dot(t, directions), decoded[t] @ directions, rtol=1e-5, atol=1e-5 * 10.0**-t)
+    target = np.random.default_rng(3).standard_normal((T, D))
+    for unit in (True, False):
+        matrix, _ = pursuit_problem(made, target, np.array([3e-4, 2e-4, 1e-4]), unit=unit, balance=False)
+        rows = decoded / np.linalg.norm(decoded, axis=2, keepdims=True) if unit else decoded
+        expected = np.sqrt([3e-4, 2e-4, 1e-4])[:, None, None] * rows
+        found = matrix.columns(np.arange(N)).T.reshape(N, T, D).transpose(1, 0, 2)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "int8"])
+def test_rounded_features_choose_what_exact_ones_choose(dtype: str) -> None:
+    """A target planted in a few pool rows: gtp and less name the same examples from the rounded rows."""
+    rng = np.random.default_rng(0)
+    U = [(10.0**-t) * rng.standard_normal((N, 512)).astype(np.float32) for t in range(T)]
+    planted = np.arange(0, N, 8)
+    goal = [u[planted] + 0.01 * 10.0**-t * rng.standard_normal((5, 512)).astype(np.float32) for t, u in enumerate(U)]
+    chosen = {}
+    for kind in ("float32", dtype):
+        given = replace(
+            problem(),
+            pool=dict.fromkeys(
+                ("adam-symmetric", "adam-uncorrected"), TrajectoryFeatures([[encode(u, kind)] for u in U])
+            ),
+            target=dict.fromkeys(("adam-symmetric", "identity"), TrajectoryFeatures([[encode(g, kind)] for g in goal])),
+            groups=np.zeros(5, dtype=np.int64),
+        )
+        chosen[kind] = [
+            set(strategy(name).select(given, 5, seed=0).indices.tolist()) for name in ("gtp", "omp", "less")
+        ]
+    assert chosen[dtype] == chosen["float32"] == [set(planted.tolist())] * 3
 
 
 def test_balanced_checkpoints_have_equal_targets() -> None:

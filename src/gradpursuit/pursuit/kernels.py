@@ -2,6 +2,8 @@
 
 A row is widened in registers, four rows at a time, so that a pass costs little more than reading its bytes; NumPy
 alone widens float16 at a tenth of that speed. The loops hold no interpreter lock: threads run them side by side.
+They are compiled in every process at first use (one to two seconds a type): a cache of machine code on disk would be
+one more file that can be damaged, foreign or unwritable.
 Two-byte floats arrive as the integers that hold their bits, int16 for float16 and uint16 for bfloat16, because Numba
 has no arithmetic for either.
 """
@@ -21,8 +23,7 @@ _CHUNK = 1024  # elements summed in the precision of r before float64 takes over
 _WIDE = {types.int8: types.float32, types.int16: types.float32, types.uint16: types.float32}
 
 
-@intrinsic
-def _widen(_: Any, value: Any) -> Any:
+def _widen_stored(_: Any, value: Any) -> Any:
     """A stored element as float32, or float64 if it is one."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -39,32 +40,28 @@ def _widen(_: Any, value: Any) -> Any:
     return _WIDE.get(value, value)(value), generate
 
 
+_widen: Any = intrinsic(_widen_stored)  # as kernels call it, with the element alone
+
+
 @njit(nogil=True, fastmath=_SUMS)
-def _four_dots(a: Any, b: Any, c: Any, d: Any, r: Any) -> Any:
-    zero = r.dtype.type(0)
-    sum_a, sum_b, sum_c, sum_d = zero, zero, zero, zero
-    for j in range(len(r)):
-        sum_a += _widen(a[j]) * r[j]
-        sum_b += _widen(b[j]) * r[j]
-        sum_c += _widen(c[j]) * r[j]
-        sum_d += _widen(d[j]) * r[j]
-    return sum_a, sum_b, sum_c, sum_d
-
-
-@njit(nogil=True)
 def dots(rows: Any, R: Any, out: Any) -> None:
-    """Inner products of rows [n, d] with each of R [q, d] (float32 or float64): into out [n, q] float64."""
-    n, d = rows.shape
+    """Inner products of rows [n, d] with each of R [q, d] (of their widened type): into out [n, q] float64."""
+    n, width = rows.shape
+    zero = R.dtype.type(0)
     for i in range(0, n, 4):
-        i_b, i_c, i_d = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)
+        i_b, i_c, i_d = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)  # the last four may overlap
         for k in range(len(R)):
             sum_a, sum_b, sum_c, sum_d = 0.0, 0.0, 0.0, 0.0
-            for start in range(0, d, _CHUNK):
-                stop = min(start + _CHUNK, d)
-                part_a, part_b, part_c, part_d = _four_dots(
-                    rows[i, start:stop], rows[i_b, start:stop], rows[i_c, start:stop], rows[i_d, start:stop],
-                    R[k, start:stop],
-                )  # fmt: skip
+            for start in range(0, width, _CHUNK):
+                stop = min(start + _CHUNK, width)
+                r, a, b = R[k, start:stop], rows[i, start:stop], rows[i_b, start:stop]
+                c, d = rows[i_c, start:stop], rows[i_d, start:stop]
+                part_a, part_b, part_c, part_d = zero, zero, zero, zero
+                for j in range(len(r)):
+                    part_a += _widen(a[j]) * r[j]
+                    part_b += _widen(b[j]) * r[j]
+                    part_c += _widen(c[j]) * r[j]
+                    part_d += _widen(d[j]) * r[j]
                 sum_a, sum_b, sum_c, sum_d = sum_a + part_a, sum_b + part_b, sum_c + part_c, sum_d + part_d
             out[i_d, k], out[i_c, k], out[i_b, k], out[i, k] = sum_d, sum_c, sum_b, sum_a
 

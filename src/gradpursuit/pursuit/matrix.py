@@ -134,7 +134,7 @@ class TrajectoryMatrix:
 
         Within 1e-6·‖atom‖·‖r‖ of the exact product (1e-15 where all data is float64).
         """
-        R = np.asarray(r, dtype=self._dtype).reshape(len(r), -1).T
+        R = np.asarray(r, dtype=np.float64).reshape(len(r), -1).T
         c = np.zeros((self.shape[1], len(R)))
         for t, rows in enumerate(self._rows):
             c += self._scale[t, :, None] * rows.dots(R[:, self._offsets[t] : self._offsets[t + 1]])

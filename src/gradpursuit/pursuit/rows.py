@@ -48,16 +48,22 @@ class Rows:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def dots(self, R: FloatArray) -> Float64Array:
-        """Inner products with each of R [q, d] (float32 or float64): float64 [N, q].
+    def dots(self, R: Float64Array) -> Float64Array:
+        """Inner products with each of R [q, d]: float64 [N, q].
 
-        Elements are multiplied in the precision of R and summed in it 1,024 at a time, then in float64: with a
-        float32 R within 1e-6·‖row‖·‖r‖ of the exact product.
+        Elements are multiplied and summed in float32, 1,024 at a time, then in float64: within 1e-6·‖row‖·‖r‖ of the
+        exact product. Rows of float64 are multiplied and summed in float64.
         """
         from gradpursuit.pursuit import kernels
 
-        R, out = np.ascontiguousarray(R), np.empty((len(self), len(R)))
-        _each(lambda piece: kernels.dots(piece[1], R, out[piece[0]]), list(self._pieces()))
+        wide, out = np.ascontiguousarray(R), np.empty((len(self), len(R)))
+        short = wide.astype(np.float32)
+
+        def dot(piece: tuple[slice, NDArray[Any]]) -> None:
+            where, rows = piece
+            kernels.dots(rows, wide if rows.dtype == np.float64 else short, out[where])
+
+        _each(dot, list(self._pieces()))
         return out
 
     def squares(self) -> Float64Array:
@@ -131,7 +137,7 @@ def _slices(count: int, item_bytes: int) -> Iterator[slice]:
 def _threads() -> int:
     import numba
 
-    return int(numba.config.NUMBA_NUM_THREADS)
+    return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
 def _each(work: Callable[[Task], object], tasks: list[Task]) -> None:

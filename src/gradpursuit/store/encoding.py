@@ -10,7 +10,8 @@
 
 A row of features is stored × its scale. Gradients are often 1e-5 or smaller, where float16 alone has lost most of its
 digits, and a few are above 65,504, where it has none: a scale of its own for each row mends both and, being a power
-of two, rounds nothing. int8 is symmetric: -127 … 127.
+of two, rounds nothing. int8 is symmetric: -127 … 127. The bounds hold for normal float32 numbers, above 1.2e-38; int8
+has no scale for a row whose a is below 1.5e-36, nor bfloat16 a finite value above 3.39e38: a store refuses such rows.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ class Block:
     def __len__(self) -> int:
         return len(self.values)
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         """Decoded: float32, or float64 if that is asked for."""
-        wide = self.values.astype(np.float64 if dtype == np.float64 else np.float32)
+        wide: NDArray[Any] = self.values.astype(np.float64 if dtype == np.float64 else np.float32)
         if self.scale is not None:
-            wide *= self.scale[:, None]
+            np.multiply(wide, self.scale[:, None], out=wide)
         return wide if dtype is None else wide.astype(dtype, copy=False)
 
 

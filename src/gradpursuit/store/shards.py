@@ -32,7 +32,11 @@ from gradpursuit.store.spec import differences
 
 TAGS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I8": "int8"}
 COLUMNS = {"norm": "F32", "loss": "F32", "tokens": "I32", "row": "I64"}
-_NUMPY = {"I32": np.dtype(np.int32), "I64": np.dtype(np.int64), **{tag: DTYPES[name] for tag, name in TAGS.items()}}
+_NUMPY: dict[str, np.dtype[Any]] = {
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    **{tag: DTYPES[name] for tag, name in TAGS.items()},
+}
 
 _UNREADABLE = (
     OSError,
@@ -133,7 +137,7 @@ def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingP
         if text != _padded(header):
             raise ValueError("its header is not as it was written")
         metadata = header["__metadata__"]
-        if verify and metadata["sha256"] != _digest(header, file[8 + length :]):
+        if verify and metadata["sha256"] != _digest(header, file[8 + length :].data):
             raise ShardError(path, "its bytes do not match their checksum")
         found, found_parts = metadata["fingerprint"], json.loads(metadata["parts"])
         shard = _assemble(header, file[8 + length :])
@@ -172,7 +176,7 @@ def _view(payload: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArr
     return payload[start:stop].view(dtype).reshape(shape)
 
 
-def _digest(header: Mapping[str, Any], payload: memoryview | NDArray[np.uint8]) -> str:
+def _digest(header: Mapping[str, Any], payload: memoryview) -> str:
     metadata = {name: value for name, value in header["__metadata__"].items() if name != "sha256"}
     digest = hashlib.sha256(_canonical({**header, "__metadata__": metadata}))
     digest.update(payload)

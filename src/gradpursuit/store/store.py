@@ -311,7 +311,7 @@ def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _refuse(path: Path, content: Shard, bad: NDArray[np.bool_], what: str, mend: str) -> None:
+def _refuse(path: Path, content: Shard, bad: Any, what: str, mend: str) -> None:
     if bad.any():
         first = content.row[bad][:5].tolist()
         raise StoreError(f"{path}: {int(bad.sum())} rows are {what} (first: {first}); {mend}")
