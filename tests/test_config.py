@@ -55,7 +55,7 @@ def test_dump_and_load_are_inverse(tmp_path: Path, overrides: list[str]) -> None
 def test_dump_holds_every_field(tmp_path: Path) -> None:
     tree = yaml.safe_load(load(tmp_path, MINIMAL).dump())
     assert set(tree) == set(RunConfig.model_fields)
-    assert tree["model"]["lora"] == {"r": 8, "alpha": 16, "target_modules": "all-linear"}
+    assert tree["model"]["lora"] == {"r": 8, "alpha": 16, "target_modules": "all-linear", "rslora": False}
 
 
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
