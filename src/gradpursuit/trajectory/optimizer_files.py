@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,10 @@ def read_distributed(folder: Path) -> dict[str, Any]:
             else b""
             for key, entry in reader.read_metadata().state_dict_metadata.items()
         }
-        dcp.load(found, storage_reader=reader, planner=Planner(flatten_state_dict=False), no_dist=True)
+        planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one process only, which is meant
+            dcp.load(found, storage_reader=reader, planner=planner, no_dist=True)
     except Exception as error:  # torch raises many kinds, some of its own, for one broken folder
         raise TrajectoryError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
     return found
