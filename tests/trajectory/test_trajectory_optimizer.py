@@ -104,7 +104,7 @@ def test_an_adapter_of_another_shape(fresh: Fresh, tmp_path: Path) -> None:
         TrajectoryError, match=r"exp_avg of 'base_model.*' has shape \(4, 32\), the parameter has \(2, 32"
     ):
         adam_state(saved, fresh(r=2))
-    with pytest.raises(TrajectoryError, match="groups of 28 and 0 parameters; .* groups of 4 and 0"):
+    with pytest.raises(TrajectoryError, match=r"groups of 28 and 0 parameters; .* groups of 4 and 0"):
         adam_state(saved, fresh(target_modules=["q_proj"]))
 
 
@@ -128,10 +128,10 @@ def test_quantized_states(fresh: Fresh, tmp_path: Path, monkeypatch: pytest.Monk
     model = fresh()
     value = torch.zeros(4, dtype=torch.uint8)
     entry = {"step": 1, "state1": value, "state2": value, "qmap1": value, "qmap2": value, "absmax1": value}
-    state = {number: entry for number in range(28)}
+    state = dict.fromkeys(range(28), entry)
     groups = [{"params": list(range(28)), "lr": 0.1, "betas": (0.9, 0.999), "eps": 1e-8}]
     torch.save({"state": state, "param_groups": groups}, tmp_path / "optimizer.pt")
-    with pytest.raises(NoMomentsError, match="the state of a bitsandbytes optimizer .*adamw_torch"):
+    with pytest.raises(NoMomentsError, match=r"the state of a bitsandbytes optimizer .*adamw_torch"):
         adam_state(read_optimizer(tmp_path), model)
     low = types.ModuleType("torchao.optim.subclass_8bit")
     low.OptimState8bit = type("OptimState8bit", (dict,), {"__module__": low.__name__})  # type: ignore[attr-defined]
@@ -143,7 +143,7 @@ def test_quantized_states(fresh: Fresh, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_files_that_are_missing_broken_or_sharded(tmp_path: Path) -> None:
-    with pytest.raises(NoMomentsError, match="no optimizer state there .*save_only_model=True"):
+    with pytest.raises(NoMomentsError, match=r"no optimizer state there .*save_only_model=True"):
         read_optimizer(tmp_path)
     for name, what in (
         ("global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed ZeRO"),
@@ -299,10 +299,11 @@ def test_names_with_what_wrappers_add(fresh: Fresh) -> None:
         assert all(state.m[name] is live.m[name] for name in live.m)
     with pytest.raises(TrajectoryError, match=r"28 parameters without a state, 28 that are not followed"):
         adam_state(named(lambda name: name.replace("lora", "lokr")), model)
+    saved = named(str)
+    first = next(iter(saved.state))
+    twice = SavedOptimizer("here", {**saved.state, f"module.{first}": saved.state[first]}, saved.groups)
     with pytest.raises(TrajectoryError, match=r"several parameters go by the name '.*lora_A"):
-        saved = named(str)
-        first = next(iter(saved.state))
-        adam_state(SavedOptimizer("here", {**saved.state, f"module.{first}": saved.state[first]}, saved.groups), model)
+        adam_state(twice, model)
 
 
 def test_names_in_the_groups_win(fresh: Fresh) -> None:
@@ -330,5 +331,5 @@ def test_settings_that_differ(fresh: Fresh) -> None:
     with pytest.raises(TrajectoryError, match=r"the parameters made 2\.0, 3\.0 steps"):
         live_state(model, optimizer)
     del optimizer.state[next(iter(trainable(model).values()))]
-    with pytest.raises(NoMomentsError, match="no exp_avg for 'base_model.*so it was never moved"):
+    with pytest.raises(NoMomentsError, match=r"no exp_avg for 'base_model.*so it was never moved"):
         live_state(model, optimizer)
