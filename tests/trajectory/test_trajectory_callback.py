@@ -16,13 +16,13 @@ from transformers import PrinterCallback, TrainerCallback
 
 import gradpursuit
 from foreign import Watch, arguments, assert_same_moments, run_trainer
-from gradpursuit.config import ModelSection
+from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.data import Table
 from gradpursuit.errors import ConfigError, ModelError, TrajectoryError
 from gradpursuit.trajectory import GradientTrajectoryCallback
 from gradpursuit.trajectory.checkpoint import read_trajectory
 from gradpursuit.trajectory.imported import import_trajectory
-from gradpursuit.trajectory.model import load_model, load_tokenizer, trainable
+from gradpursuit.trajectory.model import attach_lora, load_model, load_tokenizer, trainable
 from gradpursuit.trajectory.tuning import tuned
 
 Fresh = Callable[..., Any]
@@ -131,28 +131,28 @@ def test_layers_of_the_model_itself(tiny_config: ModelSection, tmp_path: Path) -
             assert (ours / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
-@pytest.mark.parametrize("stop", [3, 5])
-def test_a_run_that_is_resumed(fresh: Fresh, tmp_path: Path, stop: int, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny_config: ModelSection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trajectory of two checkpoints out of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    model = attach_lora(load_model(tiny_config), LoraSection(r=4, alpha=8), 0)
+    run_trainer(model, folder / "out", [GradientTrajectoryCallback(folder / "trajectory", 2)], save_strategy="no")
+    return folder / "trajectory"
+
+
+@pytest.mark.parametrize(("stop", "restore"), [(3, False), (5, True)])
+def test_a_run_that_is_resumed(
+    fresh: Fresh, whole: Path, tmp_path: Path, stop: int, restore: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """Killed at a step, gone on with from the Trainer's checkpoint: the same files as without."""
-    whole = tmp_path / "whole"
-    run_trainer(fresh(), tmp_path / "out", [GradientTrajectoryCallback(whole, 2)], save_steps=1)
     ours, own = tmp_path / "trajectory", tmp_path / "own"
     with caplog.at_level(logging.WARNING, "gradpursuit"):
         run_trainer(fresh(), own, [GradientTrajectoryCallback(ours, 2), Stop(stop)], save_steps=1)
     assert "1 of 2 checkpoints were not written" in caplog.text
     first = (ours / "checkpoint-1" / "state.json").stat().st_mtime_ns
-    for restore in (False, True):
-        resumed = str(own / f"checkpoint-{stop - 1}")
-        callback = GradientTrajectoryCallback(ours, 2)
-        run_trainer(
-            fresh(seed=7),
-            own,
-            [callback],
-            resume=resumed,
-            restore_callback_states_from_checkpoint=restore,
-            save_steps=1,
-        )
-        assert files(ours) == files(whole)
+    settings = {"resume": str(own / f"checkpoint-{stop - 1}"), "restore_callback_states_from_checkpoint": restore}
+    run_trainer(fresh(seed=7), own, [GradientTrajectoryCallback(ours, 2)], save_steps=1, **settings)
+    assert files(ours) == files(whole)
     assert (stop == 3) == ((ours / "checkpoint-1" / "state.json").stat().st_mtime_ns > first)
 
 
