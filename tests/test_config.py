@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from gradpursuit.config import RunConfig, build_config, load_config
+from gradpursuit.config import LoraSection, RunConfig, WarmupSection, build_config, load_config
 from gradpursuit.errors import ConfigError, GradPursuitError, nearest
 
 MINIMAL = "model:\n  path: some/model\ndata:\n  pool: pool.jsonl\n  target: [a.jsonl, b.jsonl]\n"
@@ -32,6 +32,7 @@ def test_minimal_file_and_defaults(tmp_path: Path) -> None:
     assert config.data.pool == ["pool.jsonl"]
     assert config.data.target == ["a.jsonl", "b.jsonl"]
     assert config.gradients.preconditioner == "adam-symmetric"
+    assert config.model.lora is not None
     assert config.model.lora.r == 8
 
 
@@ -41,6 +42,7 @@ def test_minimal_file_and_defaults(tmp_path: Path) -> None:
         [],
         ["run_dir='runs/größe: 1'", "seed=7", "selection.k=3", "model.lora.target_modules=[q_proj, v_proj]"],
         ["warmup.learning_rate=1e-6", "pursuit.tol=1e-12", "pursuit.max_coherence=null", "data.heldout=h.jsonl"],
+        ["model.layers='.*mlp\\.(up|down)_proj'", "warmup.trajectory=[/a/checkpoint-1, /a/checkpoint-2]"],
         ["selection.fraction=0.05", "selection.strategies=[gtp]", "evaluation.use_weights=true", "run_dir='0123'"],
     ],
 )
@@ -55,7 +57,29 @@ def test_dump_and_load_are_inverse(tmp_path: Path, overrides: list[str]) -> None
 def test_dump_holds_every_field(tmp_path: Path) -> None:
     tree = yaml.safe_load(load(tmp_path, MINIMAL).dump())
     assert set(tree) == set(RunConfig.model_fields)
-    assert tree["model"]["lora"] == {"r": 8, "alpha": 16, "target_modules": "all-linear"}
+    assert tree["model"]["lora"] == {"r": 8, "alpha": 16, "target_modules": "all-linear", "rslora": False}
+
+
+def test_an_adapter_or_layers(tmp_path: Path) -> None:
+    model = load(tmp_path, MINIMAL, "model.layers=.*down_proj").model
+    assert (model.layers, model.lora) == (".*down_proj", None)
+    text = message(tmp_path, MINIMAL, "model.layers=.*down_proj", "model.lora.r=4")
+    assert "layers and lora are both given: leave lora out (or null)" in text
+    assert load(tmp_path, MINIMAL, "model.layers=.*", "model.lora=null").model.lora is None
+    assert "'model.layers' = '(': not a regular expression" in message(tmp_path, MINIMAL, "model.layers=(")
+    assert load(tmp_path, MINIMAL, "model.lora.rslora=true").model.lora == LoraSection(rslora=True)
+    assert load(tmp_path, MINIMAL, "model.lora=null").model.lora == LoraSection()
+
+
+def test_a_trajectory_that_exists(tmp_path: Path) -> None:
+    config = load(tmp_path, MINIMAL, "warmup.trajectory=runs/sft")
+    assert config.warmup.trajectory == ["runs/sft"]
+    assert config.warmup.model_dump(exclude={"trajectory"}) == WarmupSection().model_dump(exclude={"trajectory"})
+    text = message(tmp_path, MINIMAL, "warmup.trajectory=[a, b]", "warmup.checkpoints=2", "warmup.epochs=9")
+    assert "with trajectory nothing is trained, so leave out epochs, checkpoints" in text
+    text = message(tmp_path, MINIMAL, "warmup.trajectory=a", "model.lora.r=4")
+    assert "c.yaml: model.lora and warmup.trajectory are both given" in text
+    assert len(text.splitlines()) == 1
 
 
 def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
@@ -64,6 +88,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
         tmp_path, text, "warmup.epochs=2", "model.lora.r=4", "warmup.learning_rate=5e-5", "pursuit.balance=false",
         "data.pool=[x.jsonl, y.jsonl]", "data.target=z.jsonl", "model.revision='1234'",
     )  # fmt: skip
+    assert config.model.lora is not None
     assert (config.warmup.epochs, config.model.lora.r, config.warmup.learning_rate) == (2, 4, 5e-5)
     assert config.pursuit.balance is False
     assert config.data.pool == ["x.jsonl", "y.jsonl"]

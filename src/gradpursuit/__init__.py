@@ -11,18 +11,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LAZY = {
+    "GradientTrajectoryCallback": "gradpursuit.trajectory",
     "GradientTrajectoryPursuit": "gradpursuit.pursuit",
     "NonNegativeOMP": "gradpursuit.pursuit",
     "GradPursuitError": "gradpursuit.errors",
     "RunConfig": "gradpursuit.config",
 }
 
-__all__ = ["GradPursuitError", "GradientTrajectoryPursuit", "NonNegativeOMP", "RunConfig", "__version__"]
+__all__ = [
+    "GradPursuitError",
+    "GradientTrajectoryCallback",
+    "GradientTrajectoryPursuit",
+    "NonNegativeOMP",
+    "RunConfig",
+    "__version__",
+]
 
 if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
     from gradpursuit.errors import GradPursuitError
     from gradpursuit.pursuit import GradientTrajectoryPursuit, NonNegativeOMP
+    from gradpursuit.trajectory import GradientTrajectoryCallback
 
 
 def __getattr__(name: str) -> Any:

@@ -111,6 +111,7 @@ def _load(path: Path, overrides: list[str]) -> RunConfig:
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update=absolute),
+            "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }
     )

@@ -6,9 +6,10 @@ the cause and the nearest right name.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -33,6 +34,7 @@ class LoraSection(Section):
     target_modules: str | list[str] = Field(
         "all-linear", description="'all-linear', a regular expression, or a list of module names"
     )
+    rslora: bool = Field(False, description="scale the adapter's output by alpha / sqrt(r) instead (rsLoRA)")
 
 
 class ModelSection(Section):
@@ -46,7 +48,34 @@ class ModelSection(Section):
         description="arithmetic of forward and backward; weights and gradients stay float32. "
         "'auto': bfloat16 autocast where the processor has instructions for it",
     )
-    lora: LoraSection = LoraSection()
+    layers: str | None = Field(
+        None,
+        description="instead of an adapter: train and follow the weights of these linear layers of the model itself; "
+        "a regular expression that must match the whole name of a module, as in '.*mlp\\.down_proj'",
+    )
+    lora: LoraSection | None = Field(None, description="the adapter; null exactly when `layers` is given")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_adapter_unless_layers(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("layers") is None and value.get("lora") is None:
+            return {**value, "lora": {}}
+        return value
+
+    @field_validator("layers")
+    @classmethod
+    def _expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ModelSection:
+        if self.layers is not None and self.lora is not None:
+            raise ValueError("layers and lora are both given: leave lora out (or null) to train layers of the model")
+        return self
 
 
 class DataSection(Section):
@@ -69,13 +98,31 @@ class DataSection(Section):
 
 
 class WarmupSection(Section):
-    """The short training run that is followed."""
+    """The short training run that is followed: one made here, or, with `trajectory`, one that you already have."""
 
+    trajectory: list[str] = Field(
+        default_factory=list,
+        description="checkpoint folders of a training run you already have, oldest first, or one folder that holds "
+        "checkpoint-*; all of them are followed, nothing is trained, and no other setting of this section may be given",
+    )
     fraction: Fraction = Field(0.1, description="share of the pool to train on, drawn with the seed")
     epochs: int = Field(3, ge=1, description="passes over that share")
     checkpoints: int = Field(3, ge=1, description="T: checkpoints kept, evenly spaced over the steps")
     batch_size: int = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+
+    @field_validator("trajectory", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _nothing_is_trained(self) -> WarmupSection:
+        fields = {name: field.default for name, field in type(self).model_fields.items() if name != "trajectory"}
+        changed = [name for name, default in fields.items() if getattr(self, name) != default]
+        if self.trajectory and changed:
+            raise ValueError(f"with trajectory nothing is trained, so leave out {', '.join(changed)}")
+        return self
 
 
 class GradientsSection(Section):
@@ -156,6 +203,15 @@ class RunConfig(Section):
     pursuit: PursuitSection = PursuitSection()
     selection: SelectionSection = SelectionSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _settings_of_the_adapter(self) -> RunConfig:
+        if self.warmup.trajectory and self.model.lora not in (None, LoraSection()):
+            raise ValueError(
+                "model.lora and warmup.trajectory are both given: the adapter there has settings of its own, which "
+                "are used; leave model.lora out"
+            )
+        return self
 
     def dump(self) -> str:
         """The resolved configuration as YAML, which :func:`load_config` reads back to an equal object."""
@@ -250,6 +306,8 @@ def _explain(item: dict[str, Any]) -> str:
         return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
     if item["type"] == "missing":
         return f"'{key}' is missing and has no default"
+    if not key:
+        return str(item["msg"].removeprefix("Value error, "))
     message = {
         "model_type": "expected a section with keys of its own",
         "list_type": "expected a list, such as [a, b]",
@@ -260,8 +318,7 @@ def _explain(item: dict[str, Any]) -> str:
 def _section_at(keys: Sequence[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
     for key in keys:
-        inner = section.model_fields[key].annotation
-        assert isinstance(inner, type)
-        assert issubclass(inner, BaseModel)
-        section = inner
+        annotation = section.model_fields[key].annotation
+        kinds = get_args(annotation) or (annotation,)  # a section, or `Section | None`
+        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
     return section

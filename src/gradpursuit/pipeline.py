@@ -117,6 +117,8 @@ class Run:
 
             value["inputs"] = list(self.input_hashes.values())
             value["model"] = model_identity(self.config.model)
+        if stage.name == "trajectory" and self.config.warmup.trajectory:
+            value["inputs"] = self.trajectory_hashes
         return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
     @cached_property
@@ -124,6 +126,13 @@ class Run:
         """sha256 of every input file."""
         data = self.config.data
         return {path: sha256_of(Path(path)) for path in [*data.pool, *data.target, *data.heldout]}
+
+    @cached_property
+    def trajectory_hashes(self) -> dict[str, str]:
+        """sha256 of every file of the trajectory that the run was given."""
+        from gradpursuit.trajectory.imported import trajectory_hashes
+
+        return trajectory_hashes(self.config.warmup.trajectory)
 
     @cached_property
     def compute(self) -> Compute:
@@ -198,10 +207,11 @@ class Run:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse early what can be known before any work: strategies and the device.
+    """Refuse early what can be known before any work: strategies, the device, a trajectory that was given.
 
     Raises:
         ConfigError: with the offending value.
+        TrajectoryError: the given trajectory is not there, or its adapter cannot be followed.
     """
     from gradpursuit.selection import strategy
     from gradpursuit.trajectory.model import Compute
@@ -209,3 +219,7 @@ def check(config: RunConfig) -> None:
     for name in config.selection.strategies:
         strategy(name)
     Compute.of(config.model)
+    if config.warmup.trajectory:
+        from gradpursuit.trajectory.imported import check_trajectory
+
+        check_trajectory(config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.errors import StoreError, TrajectoryError
@@ -59,22 +61,30 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _trajectory(run: Run) -> dict[str, Any]:
     from gradpursuit.trajectory.checkpoint import describe
-    from gradpursuit.trajectory.model import attach_lora
+    from gradpursuit.trajectory.imported import import_trajectory
     from gradpursuit.trajectory.warmup import warm_up
 
-    model = attach_lora(run.base, run.config.model.lora, run.seed("adapter")).to(run.compute.device)
-    try:
-        checkpoints = warm_up(
-            model, run.table("pool"), run.config.warmup, run.compute, run.folder / "trajectory", run.seed("warmup")
-        )
-    finally:
-        model.unload()
+    settings, folder = run.config.warmup, run.folder / "trajectory"
+    with tuned_model(run, run.seed("adapter")) as model:
+        if settings.trajectory:
+            kinds = {kind.name for strategy in run.strategies() for kind in strategy.needs(run.config.gradients)}
+            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=bool(kinds - {"identity"}))
+        else:
+            checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
+
+
+def tuned_model(run: Run, seed: int) -> AbstractContextManager[Any]:
+    """The base model with what is trained of it, fresh from `seed`: of the kind that the run's trajectory has."""
+    from gradpursuit.trajectory.imported import checkpoint_folders
+    from gradpursuit.trajectory.tuning import tuned
+
+    paths = run.config.warmup.trajectory
+    return tuned(run.base, run.config.model, seed, checkpoint_folders(paths)[0] if paths else None)
 
 
 def _gradients(run: Run) -> dict[str, Any]:
     from gradpursuit.gradients.collector import Collector, CollectSpec
-    from gradpursuit.trajectory.model import attach_lora
 
     config, folder = run.config, run.folder
     kinds = list(dict.fromkeys(kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)))
@@ -91,14 +101,11 @@ def _gradients(run: Run) -> dict[str, Any]:
         shard_rows=settings.shard_rows,
         origin={"trajectory": run.manifest.fingerprint("trajectory")},
     )
-    model = attach_lora(run.base, config.model.lora, run.seed("adapter")).to(run.compute.device)
-    try:
+    with tuned_model(run, run.seed("adapter")) as model:
         collector = Collector(model, run.compute, checkpoints, spec)
         targets = list(dict.fromkeys(kind.for_target for kind in kinds))
         collector.collect("target", run.table("target"), targets, folder / "gradients" / "target")
         collector.collect("pool", run.table("pool"), kinds, folder / "gradients" / "pool")
-    finally:
-        model.unload()
     return {"features": [kind.label for kind in kinds]}
 
 
@@ -109,8 +116,10 @@ def read_run_trajectory(run: Run) -> list[Checkpoint]:
         TrajectoryError: one is missing or broken.
     """
     from gradpursuit.trajectory.checkpoint import read_trajectory
+    from gradpursuit.trajectory.imported import checkpoint_folders
 
-    folder, wanted = run.folder / "trajectory", run.config.warmup.checkpoints
+    folder, settings = run.folder / "trajectory", run.config.warmup
+    wanted = len(checkpoint_folders(settings.trajectory)) if settings.trajectory else settings.checkpoints
     found = read_trajectory(folder)
     if len(found) != wanted:
         raise TrajectoryError(f"{folder}: holds {len(found)} of {wanted} checkpoints; run the warm-up again")
@@ -202,8 +211,7 @@ def _evaluation(run: Run) -> dict[str, Any]:
 
     pool = run.table("pool")
     comparison = Comparison(
-        run.base,
-        run.config.model.lora,
+        partial(tuned_model, run),
         run.compute,
         pool,
         run.table("heldout"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from gradpursuit.evaluation.compare import BASE, Cell, Comparison, heldout_loss,
 from gradpursuit.evaluation.table import tabulate, write_csv
 from gradpursuit.selection import Selection
 from gradpursuit.trajectory.model import Compute, attach_lora, load_model, load_tokenizer
+from gradpursuit.trajectory.tuning import tuned
 
 FLOAT32 = Compute(torch.device("cpu"), None)
 LORA = LoraSection()
@@ -54,7 +56,7 @@ def test_heldout_loss_is_the_mean_of_the_models_own_losses(base: PreTrainedModel
 
 def comparison(base: PreTrainedModel, tables: tuple[Table, Table], **settings: object) -> Comparison:
     config = EvaluationSection(**{"seeds": 2, "epochs": 6, "batch_size": 4, "learning_rate": 2e-2, **settings})
-    return Comparison(base, LORA, FLOAT32, *tables, config, seed=0)
+    return Comparison(partial(tuned, base, ModelSection(path="unused")), FLOAT32, *tables, config, seed=0)
 
 
 def test_useful_rows_help_and_every_run_starts_from_the_same_base(

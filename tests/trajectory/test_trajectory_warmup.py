@@ -6,12 +6,14 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from gradpursuit.config import WarmupSection
 from gradpursuit.data import Table
@@ -19,6 +21,7 @@ from gradpursuit.errors import ConfigError, RunError, TrajectoryError
 from gradpursuit.trajectory.checkpoint import describe, read_trajectory, write_checkpoint
 from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute, trainable
+from gradpursuit.trajectory.optimizer import AdamState, live_state
 from gradpursuit.trajectory.training import TrainSpec, train
 from gradpursuit.trajectory.warmup import warm_up
 
@@ -50,30 +53,35 @@ def test_checkpoints_are_the_model_and_optimizer_of_their_step(
     fresh: Fresh, small_table: Table, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The same training again, watched step by step."""
-    import gradpursuit.trajectory.warmup as module
+    import gradpursuit.trajectory.callback as module
 
     seen: dict[str, Any] = {}
+    of_the_step: dict[str, Any] = {}
 
-    def watch(folder: Path, model: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        seen[folder.name] = (
-            {name: p.detach().clone() for name, p in trainable(model).items()},
-            {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in trainable(model).items()},
-            state,
+    def live(model: Any, optimizer: Any) -> AdamState:
+        of_the_step.update(
+            {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in trainable(model).items()}
         )
-        write_checkpoint(folder, model, optimizer, state)
+        return live_state(model, optimizer)
 
+    def watch(folder: Path, model: Any, adam: AdamState, rate: float) -> None:
+        weights = {name: p.detach().clone() for name, p in trainable(model).items()}
+        seen[folder.name] = (weights, {**of_the_step}, adam.step)
+        write_checkpoint(folder, model, adam, rate)
+
+    monkeypatch.setattr(module, "live_state", live)
     monkeypatch.setattr(module, "write_checkpoint", watch)
     model = fresh()
     checkpoints = warm_up(model, small_table, WARMUP, FLOAT32, tmp_path / "run", seed=3)
     assert [c.step for c in checkpoints] == [2, 4, 6]
     assert [c.folder.name for c in checkpoints] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     for checkpoint in checkpoints:
-        weights, moments, state = seen[checkpoint.folder.name]
+        weights, moments, step = seen[checkpoint.folder.name]
         other = fresh(seed=9)
         checkpoint.load_adapter(other)
         adam = checkpoint.adam(other)
         assert (adam.step, adam.beta1, adam.beta2, adam.eps) == (checkpoint.step, 0.9, 0.999, 1e-8)
-        assert adam.step == state["step"]
+        assert adam.step == step
         assert set(adam.m) == set(adam.v) == set(trainable(other)) == set(weights)
         for name, parameter in trainable(other).items():
             assert torch.equal(parameter, weights[name])
@@ -120,8 +128,13 @@ def test_every_step_has_a_learning_rate(fresh: Fresh, small_table: Table, tmp_pa
 
 def test_the_schedule_rises_then_falls_and_is_never_zero(fresh: Fresh, small_table: Table) -> None:
     rates: list[float] = []
+
+    class Watch(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
     spec = TrainSpec(70, 1, 1.0e-3, 0, "test")
-    train(fresh(), small_table[:2], spec, FLOAT32, on_step=lambda _s, _o, rate: rates.append(rate))
+    train(fresh(), small_table[:2], spec, FLOAT32, callbacks=[Watch()])
     assert len(rates) == 70
     assert rates[:2] == pytest.approx([0.5e-3, 1e-3])
     assert all(later < earlier for earlier, later in itertools.pairwise(rates[1:]))
@@ -201,7 +214,7 @@ def test_disk_that_is_too_small(
     fresh: Fresh, small_table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
-    with pytest.raises(RunError, match="the warm-up needs"):
+    with pytest.raises(RunError, match="the trajectory needs"):
         warm_up(fresh(), small_table, WARMUP, FLOAT32, tmp_path, seed=0)
 
 
@@ -209,7 +222,7 @@ def test_another_rank_is_refused_with_both_shapes(fresh: Fresh, run: Path) -> No
     model = fresh(r=2)
     checkpoint = read_trajectory(run)[0]
     for load in (checkpoint.load_adapter, checkpoint.adam):
-        with pytest.raises(TrajectoryError, match=r"has shape \(4, 32\), the model's adapter \(2, 32\); model\.lora"):
+        with pytest.raises(TrajectoryError, match=r"has shape \(4, 32\), in the model \(2, 32\); model\.lora"):
             load(model)
 
 
@@ -281,21 +294,23 @@ def test_describe(run: Path) -> None:
     assert set(value) == {"step", "learning_rate", "beta1", "beta2", "eps"}
 
 
+def stepped(model: Any) -> AdamState:
+    """The moments after one step."""
+    optimizer = torch.optim.AdamW(list(trainable(model).values()), lr=0.1)
+    for parameter in trainable(model).values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return live_state(model, optimizer)
+
+
 def test_checkpoint_is_replaced_whole_or_not_at_all(fresh: Fresh, tmp_path: Path) -> None:
     model = fresh()
     folder = tmp_path / "checkpoint-1"
-    optimizer = torch.optim.SGD(list(trainable(model).values()), lr=0.1)
-    with pytest.raises(TrajectoryError, match=r"the optimizer \(SGD\) holds no Adam moments for .*; use AdamW"):
-        write_checkpoint(folder, model, optimizer, {"step": 1, "learning_rate": 0.1})
-    assert not folder.exists()
-    adam = torch.optim.AdamW(list(trainable(model).values()), lr=0.1)
-    for parameter in trainable(model).values():
-        parameter.grad = torch.ones_like(parameter)
-    adam.step()
+    adam = stepped(model)
     (tmp_path / "checkpoint-1.part").mkdir()
     (tmp_path / "checkpoint-1.part" / "left over").write_text("x")
     for step in (1, 2):
-        write_checkpoint(folder, model, adam, {"step": step, "learning_rate": 0.1})
+        write_checkpoint(folder, model, replace(adam, step=step), 0.1)
         assert read_trajectory(tmp_path)[0].step == step
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
     assert not (folder / "left over").exists()
@@ -303,10 +318,6 @@ def test_checkpoint_is_replaced_whole_or_not_at_all(fresh: Fresh, tmp_path: Path
 
 def test_folder_that_cannot_be_written(fresh: Fresh, tmp_path: Path) -> None:
     model = fresh()
-    adam = torch.optim.AdamW(list(trainable(model).values()), lr=0.1)
-    for parameter in trainable(model).values():
-        parameter.grad = torch.ones_like(parameter)
-    adam.step()
     (tmp_path / "f").write_text("x")
     with pytest.raises(RunError, match="cannot be written"):
-        write_checkpoint(tmp_path / "f" / "checkpoint-1", model, adam, {"step": 1, "learning_rate": 0.1})
+        write_checkpoint(tmp_path / "f" / "checkpoint-1", model, stepped(model), 0.1)

@@ -1,30 +1,27 @@
-"""Fine-tune a fresh adapter on every subset, with the same steps and seeds, and score held-out target examples."""
+"""Fine-tune the model anew on every subset, with the same steps and seeds, and score held-out target examples."""
 
 from __future__ import annotations
 
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
-from gradpursuit.config import EvaluationSection, LoraSection
+from gradpursuit.config import EvaluationSection
 from gradpursuit.data import Table
 from gradpursuit.errors import RunError
 from gradpursuit.files import write_text
 from gradpursuit.progress import Progress
 from gradpursuit.selection import Selection, derive_seed
 from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
-from gradpursuit.trajectory.model import Compute, attach_lora
+from gradpursuit.trajectory.model import Compute
 from gradpursuit.trajectory.training import TrainSpec, train
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger("gradpursuit")
 BASE = "base"  # the model before any fine-tuning
@@ -56,8 +53,7 @@ class Comparison:
     """The cells strategies × seeds, each computed once and kept in `results.jsonl`.
 
     Args:
-        base: the frozen base model.
-        lora: the adapter that is put on it anew for each run.
+        tuned: makes, from a seed, the model to fine-tune, fresh for each run; outside the block it is gone again.
         compute: device and precision.
         pool: rows that the selections index.
         heldout: rows scored, never trained on.
@@ -67,15 +63,14 @@ class Comparison:
 
     def __init__(
         self,
-        base: PreTrainedModel,
-        lora: LoraSection,
+        tuned: Callable[[int], AbstractContextManager[nn.Module]],
         compute: Compute,
         pool: Table,
         heldout: Table,
         config: EvaluationSection,
         seed: int,
     ) -> None:
-        self._base, self._lora, self._compute = base, lora, compute
+        self._tuned, self._compute = tuned, compute
         self._pool, self._heldout, self._config, self._seed = pool, heldout, config, seed
 
     def run(self, selections: Mapping[str, Sequence[Selection]], k: int, path: Path) -> list[Cell]:
@@ -101,9 +96,8 @@ class Comparison:
     def _cell(self, name: str, s: int, selection: Selection | None, k: int) -> Cell:
         config, start = self._config, time.monotonic()
         seed = derive_seed(self._seed, f"evaluation-{s}")
-        model = attach_lora(self._base, self._lora, seed).to(self._compute.device)
-        try:
-            steps = 0
+        steps = 0
+        with self._tuned(seed) as model:
             if selection is not None:
                 what = f"fine-tune on {name}, seed {s}"
                 spec = TrainSpec.for_epochs(k, config.epochs, config.batch_size, config.learning_rate, seed, what)
@@ -111,16 +105,14 @@ class Comparison:
                 train(model, self._pool.take(selection.indices.tolist()), spec, self._compute, weights=weights)
                 steps = spec.steps
             loss = heldout_loss(model, self._heldout, self._compute, f"score {name}, seed {s}")
-        finally:
-            model.unload()
         examples = 0 if selection is None else len(selection.indices)
         return Cell(name, s, examples, steps, loss, round(time.monotonic() - start, 3))
 
 
-def heldout_loss(model: PeftModel, rows: Table, compute: Compute, what: str = "score") -> float:
+def heldout_loss(model: nn.Module, rows: Table, compute: Compute, what: str = "score") -> float:
     """Mean over `rows` of the mean negative log-likelihood of their supervised tokens, in nats per token."""
     scorer, total = SupervisedLoss(model, compute), 0.0
-    pad = int(model.config.pad_token_id or 0)
+    pad = int(model.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
     model.eval()
     with torch.inference_mode(), Progress(what, len(rows)) as progress:
         for indices in token_batches([len(row.input_ids) for row in rows], _TOKENS_PER_BATCH):

@@ -1,1 +1,18 @@
-"""The model, its adapter, the warm-up run and the checkpoints it leaves."""
+"""The model, what is trained of it, the warm-up run or one of your own, and the checkpoints that either leaves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradpursuit.trajectory.callback import GradientTrajectoryCallback
+
+__all__ = ["GradientTrajectoryCallback"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "GradientTrajectoryCallback":
+        from gradpursuit.trajectory.callback import GradientTrajectoryCallback
+
+        return GradientTrajectoryCallback
+    raise AttributeError(f"module 'gradpursuit.trajectory' has no attribute '{name}'")

@@ -1,38 +1,33 @@
-"""A trajectory on disk: adapter, Adam moments by parameter name, step and learning rate of every checkpoint.
+"""A trajectory on disk: weights, Adam moments by parameter name, step and learning rate of every checkpoint.
 
-One folder per checkpoint: `adapter_model.safetensors` and `adapter_config.json` as `peft` reads them,
-`moments.safetensors` (`m.<parameter>` and `v.<parameter>`, float32), and `state.json`.
+One folder per checkpoint. Of an adapter, `adapter_model.safetensors` and `adapter_config.json` as `peft` reads them; of
+layers of the model itself, `weights.safetensors` by the model's own parameter names. Beside them
+`moments.safetensors` (`m.<parameter>` and `v.<parameter>`), and `state.json`. All tensors are float32.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradpursuit.errors import RunError, TrajectoryError
 from gradpursuit.files import read_json, write_atomic, write_folder, write_json
 from gradpursuit.trajectory.model import trainable
+from gradpursuit.trajectory.optimizer import AdamState, LackingMoments, NoMoments
+from gradpursuit.trajectory.tuning import ADAPTER_CONFIG
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-
-@dataclass(frozen=True)
-class AdamState:
-    """Moments of one checkpoint: `m` and `v` by parameter name, after `step` optimizer steps."""
-
-    m: dict[str, Tensor]
-    v: dict[str, Tensor]
-    step: int
-    beta1: float
-    beta2: float
-    eps: float
+ADAPTER, WEIGHTS, MOMENTS, STATE = (
+    "adapter_model.safetensors",
+    "weights.safetensors",
+    "moments.safetensors",
+    "state.json",
+)
 
 
 @dataclass(frozen=True)
@@ -43,36 +38,37 @@ class Checkpoint:
         folder: where its files lie.
         step: optimizer steps taken.
         learning_rate: mean learning rate over the steps since the previous checkpoint (η_t).
-        beta1, beta2, eps: of the optimizer.
+        beta1, beta2, eps: of the optimizer; None where there are no moments.
+        no_moments: why there are none; None where there are.
     """
 
     folder: Path
     step: int
     learning_rate: float
-    beta1: float
-    beta2: float
-    eps: float
+    beta1: float | None = None
+    beta2: float | None = None
+    eps: float | None = None
+    no_moments: str | None = None
 
-    def load_adapter(self, model: PeftModel) -> None:
-        """Put this checkpoint's adapter weights into `model`.
+    def load_adapter(self, model: nn.Module) -> None:
+        """Put this checkpoint's weights, of an adapter or of layers, into the trainable parameters of `model`.
 
         Raises:
             TrajectoryError: the file is broken, or its parameters are not those of the model.
         """
-        weights = _load(self.folder / "adapter_model.safetensors")
-        parameters = trainable(model)
-        _check_fit(self.folder / "adapter_model.safetensors", weights, parameters)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(weights[name])
+        path = self.folder / (ADAPTER if (self.folder / ADAPTER_CONFIG).is_file() else WEIGHTS)
+        put_weights(path, _load(path), model)
 
-    def adam(self, model: PeftModel) -> AdamState:
-        """The optimizer's moments, on the model's device.
+    def adam(self, model: nn.Module) -> AdamState:
+        """The optimizer's moments, on the model's device; of a checkpoint without any, a state that says so when asked.
 
         Raises:
             TrajectoryError: the file is broken, or a moment is missing or of another shape than its parameter.
         """
-        path = self.folder / "moments.safetensors"
+        if self.beta1 is None or self.beta2 is None or self.eps is None:
+            lacking = LackingMoments(f"{self.folder}: {self.no_moments}")
+            return AdamState(lacking, lacking, self.step, 0.0, 0.0, 0.0)
+        path = self.folder / MOMENTS
         tensors = _load(path)
         parameters = trainable(model)
         moments: dict[str, dict[str, Tensor]] = {}
@@ -83,36 +79,46 @@ class Checkpoint:
         return AdamState(moments["m"], moments["v"], self.step, self.beta1, self.beta2, self.eps)
 
 
-def write_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def put_weights(path: Path, weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Copy weights, read from `path`, into the trainable parameters of `model`.
+
+    Raises:
+        TrajectoryError: they are not those of the model, by name or shape.
+    """
+    parameters = trainable(model)
+    _check_fit(path, weights, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def write_checkpoint(folder: Path, model: nn.Module, adam: AdamState | NoMoments, learning_rate: float) -> None:
     """Write one checkpoint folder; it appears under its name only when it is whole.
 
     Args:
         folder: `checkpoint-<t>`; replaced if it is there.
-        model: with the adapter to keep.
-        optimizer: AdamW, whose moments are read.
-        state: `step` and `learning_rate`, for `state.json`.
-
-    Raises:
-        TrajectoryError: the optimizer holds no Adam moments.
+        model: with the trainable weights to keep.
+        adam: the optimizer's moments, or why there are none.
+        learning_rate: mean over the steps since the previous checkpoint.
     """
+    from peft import PeftModel
+
     parameters = trainable(model)
-    tensors = {}
-    for name, parameter in parameters.items():
-        moments = optimizer.state.get(parameter, {})
-        if "exp_avg" not in moments or "exp_avg_sq" not in moments:
-            raise TrajectoryError(
-                f"the optimizer ({type(optimizer).__name__}) holds no Adam moments for {name}; use AdamW"
-            )
-        tensors[f"m.{name}"] = moments["exp_avg"]
-        tensors[f"v.{name}"] = moments["exp_avg_sq"]
-    group = optimizer.param_groups[0]
-    beta1, beta2 = group["betas"]
+    state: dict[str, Any] = {"step": adam.step, "learning_rate": learning_rate}
     with write_folder(folder) as part:
-        _save(part / "moments.safetensors", tensors)
-        _save(part / "adapter_model.safetensors", dict(parameters))
-        write_json(part / "state.json", {**state, "beta1": beta1, "beta2": beta2, "eps": group["eps"]})
-        model.peft_config["default"].save_pretrained(str(part))
-        _sort_lists(part / "adapter_config.json")
+        if isinstance(adam, NoMoments):
+            state["no_moments"] = adam.reason
+        else:
+            kinds = {"m": adam.m, "v": adam.v}
+            _save(part / MOMENTS, {f"{kind}.{name}": values[name] for kind, values in kinds.items() for name in values})
+            state.update(beta1=adam.beta1, beta2=adam.beta2, eps=adam.eps)
+        write_json(part / STATE, state)
+        if isinstance(model, PeftModel):
+            _save(part / ADAPTER, dict(parameters))
+            model.peft_config[model.active_adapter].save_pretrained(str(part))
+            _sort_lists(part / ADAPTER_CONFIG)
+        else:
+            _save(part / WEIGHTS, dict(parameters))
 
 
 def read_trajectory(folder: Path) -> list[Checkpoint]:
@@ -121,27 +127,37 @@ def read_trajectory(folder: Path) -> list[Checkpoint]:
     Raises:
         TrajectoryError: there are none, or one lacks a value.
     """
-    checkpoints = []
-    index = 1
-    while (path := folder / f"checkpoint-{index}").is_dir():
-        try:
-            state = read_json(path / "state.json")
-        except RunError as error:
-            raise TrajectoryError(f"{error}; or run the warm-up again") from None
-        names = [name for name in Checkpoint.__dataclass_fields__ if name != "folder"]
-        wrong = [name for name in names if not isinstance(state, dict) or not isinstance(state.get(name), int | float)]
-        if wrong:
-            raise TrajectoryError(f"{path / 'state.json'}: {', '.join(wrong)} missing or no number")
-        checkpoints.append(Checkpoint(path, **{name: state[name] for name in names}))
-        index += 1
+    checkpoints: list[Checkpoint] = []
+    while (path := folder / f"checkpoint-{len(checkpoints) + 1}").is_dir():
+        checkpoints.append(read_checkpoint(path))
     if not checkpoints:
         raise TrajectoryError(f"{folder}: no checkpoint-1; run the warm-up first")
     return checkpoints
 
 
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in one folder.
+
+    Raises:
+        TrajectoryError: `state.json` is missing or lacks a value.
+    """
+    try:
+        state = read_json(path / STATE)
+    except RunError as error:
+        raise TrajectoryError(f"{error}; or run the warm-up again") from None
+    if not isinstance(state, dict):
+        state = {}
+    reason = state.get("no_moments")
+    names = ["step", "learning_rate", *([] if isinstance(reason, str) else ["beta1", "beta2", "eps"])]
+    wrong = [name for name in names if not isinstance(state.get(name), int | float)]
+    if wrong:
+        raise TrajectoryError(f"{path / STATE}: {', '.join(wrong)} missing or no number")
+    return Checkpoint(path, **{name: state[name] for name in names}, no_moments=reason)
+
+
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Step, learning rate and optimizer constants as JSON values."""
-    return {name: value for name, value in asdict(checkpoint).items() if name != "folder"}
+    return {name: value for name, value in asdict(checkpoint).items() if name != "folder" and value is not None}
 
 
 def _sort_lists(path: Path) -> None:
@@ -175,12 +191,13 @@ def _check_fit(path: Path, found: dict[str, Tensor], parameters: dict[str, Any])
     if missing or extra:
         name, state = (missing[0], "missing") if missing else (extra[0], "not in the model")
         raise TrajectoryError(
-            f"{path}: does not fit the model's adapter: {len(missing)} parameters missing, {len(extra)} unknown "
-            f"(first: '{name}' is {state}); model.lora must be as it was when the checkpoint was made"
+            f"{path}: does not fit the model's adapter or layers: {len(missing)} parameters missing, {len(extra)} "
+            f"unknown (first: '{name}' is {state}); model.lora (or model.layers) must be as it was when the checkpoint "
+            "was made"
         )
     for name, parameter in parameters.items():
         if found[name].shape != parameter.shape:
             raise TrajectoryError(
-                f"{path}: '{name}' has shape {tuple(found[name].shape)}, the model's adapter "
-                f"{tuple(parameter.shape)}; model.lora must be as it was when the checkpoint was made"
+                f"{path}: '{name}' has shape {tuple(found[name].shape)}, in the model "
+                f"{tuple(parameter.shape)}; model.lora (or model.layers) must be as it was when the checkpoint was made"
             )

@@ -1,4 +1,4 @@
-"""Loading a causal language model, and putting a fresh LoRA adapter on it."""
+"""Loading a causal language model, and putting a LoRA adapter on it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("gradpursuit")
 _SAMPLE = 1 << 20
+_WRAPPERS = frozenset(("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
+_ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 
 
 @dataclass(frozen=True)
@@ -113,23 +115,31 @@ def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftM
     Raises:
         ModelError: the model has no layers that `model.lora.target_modules` matches.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=config.target_modules,
+        use_rslora=config.rslora,
         bias="none",
         task_type="CAUSAL_LM",
     )
+    return attach_peft(model, lora, seed, f"model.lora.target_modules={config.target_modules!r}")
+
+
+def attach_peft(model: PreTrainedModel, lora: LoraConfig, seed: int, origin: str) -> PeftModel:
+    """As :func:`attach_lora`, with the settings that `peft` itself uses; `origin` names them in messages."""
+    from peft import get_peft_model
+
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, lora)
     except (ValueError, re.error) as error:
         raise ModelError(
-            f"no adapter can be put on {type(model).__name__} with model.lora.target_modules="
-            f"{config.target_modules!r}: {_one_line(error)}; linear layers found: {_linear_names(model)}"
+            f"no adapter can be put on {type(model).__name__} with {origin}: {_one_line(error)}; linear layers found: "
+            f"{_linear_names(model)}"
         ) from None
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ModelError(f"{type(model).__name__} has no linear layers to put a LoRA adapter on")
@@ -137,12 +147,20 @@ def attach_lora(model: PreTrainedModel, config: LoraSection, seed: int) -> PeftM
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trainable parameters by the names that adapter files use (without the adapter's own name)."""
+    """Trainable parameters by the names that files use: the model's own, of an adapter without the adapter's name."""
     return {
-        name.replace(".default.", "."): parameter
+        _ADAPTER_NAME.sub(r".\1.weight", name): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without what wrappers (FSDP, DDP, compilation, `peft`) and the adapter's name add to it."""
+    parts = [part for part in _ADAPTER_NAME.sub(r".\1.weight", name).split(".") if part not in _WRAPPERS]
+    while parts[:1] == ["module"]:
+        parts = parts[1:]
+    return ".".join(parts[2:] if parts[:2] == ["base_model", "model"] else parts)
 
 
 def model_identity(config: ModelSection) -> dict[str, Any]:

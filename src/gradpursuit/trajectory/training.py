@@ -1,25 +1,22 @@
-"""Fine-tuning an adapter with `transformers.Trainer`, for the warm-up and for evaluation alike."""
+"""Fine-tuning an adapter or layers with `transformers.Trainer`, for the warm-up and for evaluation alike."""
 
 from __future__ import annotations
 
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gradpursuit.data import Row
 from gradpursuit.progress import Progress
 from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger("gradpursuit")
 
@@ -58,7 +55,7 @@ class TrainingRow:
 class SupervisedTrainer(Trainer):
     """A Trainer whose loss is the weighted mean of the per-example mean losses of a batch."""
 
-    def __init__(self, model: PeftModel, compute: Compute, **options: Any) -> None:
+    def __init__(self, model: nn.Module, compute: Compute, **options: Any) -> None:
         super().__init__(model=model, **options)
         self._loss = SupervisedLoss(model, compute)
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
@@ -94,27 +91,27 @@ class SupervisedTrainer(Trainer):
 
 
 def train(
-    model: PeftModel,
+    model: nn.Module,
     rows: Sequence[Row],
     spec: TrainSpec,
     compute: Compute,
     *,
     weights: Sequence[float] | None = None,
-    on_step: Callable[[int, torch.optim.Optimizer, float], None] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> float:
-    """Train the adapter of `model` in place and return the mean training loss.
+    """Train the trainable parameters of `model` in place and return the mean training loss.
 
     Args:
-        model: with a trainable adapter.
+        model: with a trainable adapter or trainable layers.
         rows: training examples; every epoch shuffles them anew from the seed.
         spec: steps, batch size, learning rate, seed.
         compute: device and precision.
         weights: one factor per row for its loss; None means 1.
-        on_step: called after every optimizer step with the step (from 1), the optimizer and the learning rate used.
+        callbacks: of the Trainer, beside the one that shows progress.
     """
     weights = [1.0] * len(rows) if weights is None else weights
     data = [TrainingRow(r.input_ids, r.labels, float(w)) for r, w in zip(rows, weights, strict=True)]
-    pad = int(model.config.pad_token_id or 0)
+    pad = int(model.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
 
     def collator(batch: list[TrainingRow]) -> dict[str, Tensor]:
         return {**collate(batch, pad), "weight": torch.tensor([row.weight for row in batch])}
@@ -126,7 +123,7 @@ def train(
             args=_arguments(spec, scratch, compute),
             train_dataset=data,
             data_collator=collator,
-            callbacks=[_StepCallback(progress, on_step)],
+            callbacks=[*callbacks, _ProgressCallback(progress)],
         )
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
@@ -134,19 +131,13 @@ def train(
     return float(result.training_loss)
 
 
-class _StepCallback(TrainerCallback):
-    """Tells `on_step` the learning rate that the step used, which the scheduler has moved on by then."""
+class _ProgressCallback(TrainerCallback):
+    """Shows one step after the other."""
 
-    def __init__(self, progress: Progress, on_step: Callable[..., None] | None) -> None:
-        self._progress, self._on_step = progress, on_step
-        self._rate = 0.0
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._rate = kwargs["optimizer"].param_groups[0]["lr"]
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._on_step is not None:
-            self._on_step(state.global_step, kwargs["optimizer"], self._rate)
         self._progress.update()
 
 
