@@ -30,6 +30,8 @@ ORDER = {
         (
             ("errors", "progress", "__init__"),
             ("config", "files"),
+            ("identity", "lock"),
+            ("live", "counting"),
             ("manifest",),
             ("data",),
             ("trajectory",),
@@ -40,7 +42,9 @@ ORDER = {
             ("evaluation",),
             ("report",),
             ("stages",),
+            ("targets",),
             ("pipeline",),
+            ("status", "console"),
             ("quickstart",),
             ("cli",),
         )

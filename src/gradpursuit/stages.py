@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradpursuit.errors import StoreError, TrajectoryError
+from gradpursuit.counting import finished_rows
+from gradpursuit.errors import SelectionError, StoreError, TrajectoryError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gradpursuit.data import Table
+    from gradpursuit.gradients.preconditioner import Preconditioner
     from gradpursuit.pipeline import Run
     from gradpursuit.selection import Selection, SelectionProblem
     from gradpursuit.trajectory.checkpoint import Checkpoint
@@ -31,7 +36,9 @@ class Stage:
         work: does it, and returns its findings for the manifest.
         keep: which outputs are left for `work` to go on with: "never" any, those of an "unfinished" attempt with
             the same inputs and settings, or "always" (they know what they belong to).
-        intact: whether complete outputs are still what they were; None: their sha256 is compared.
+        intact: whether complete outputs are still what they were (told to be quick, by name and size); None: their
+            sha256 is compared.
+        plan: what it is going to write, for whoever looks on from outside.
     """
 
     name: str
@@ -41,7 +48,8 @@ class Stage:
     settings: tuple[str, ...]
     work: Callable[[Run], dict[str, Any]]
     keep: Literal["never", "unfinished", "always"] = "never"
-    intact: Callable[[Run], bool] | None = None
+    intact: Callable[[Run, bool], bool] | None = None
+    plan: Callable[[Run], dict[str, Any]] | None = None
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -54,7 +62,7 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes}
+    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
 
 
 def _trajectory(run: Run) -> dict[str, Any]:
@@ -72,15 +80,40 @@ def _trajectory(run: Run) -> dict[str, Any]:
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
 
 
+@dataclass(frozen=True)
+class Split:
+    """Rows whose features are wanted, with which preconditioners, and the folder that gets one store for each."""
+
+    name: str
+    table: Table
+    kinds: Sequence[Preconditioner]
+    folder: Path
+
+
+def wanted_features(run: Run) -> dict[str, list[Preconditioner]]:
+    """The preconditioners that the configured strategies need, of the `target` and of the `pool`."""
+    kinds = list(dict.fromkeys(k for strategy in run.strategies() for k in strategy.needs(run.config.gradients)))
+    return {"target": list(dict.fromkeys(kind.for_target for kind in kinds)), "pool": kinds}
+
+
 def _gradients(run: Run) -> dict[str, Any]:
+    wanted, folder = wanted_features(run), run.folder / "gradients"
+    collect(run, [Split(name, run.table(name), kinds, folder / name) for name, kinds in wanted.items()])
+    return {"features": [kind.label for kind in wanted["pool"]]}
+
+
+def _plan_gradients(run: Run) -> dict[str, Any]:
+    return {name: [kind.label for kind in kinds] for name, kinds in wanted_features(run).items()}
+
+
+def collect(run: Run, splits: Sequence[Split]) -> None:
+    """Compute the features of `splits`, one after the other, along the trajectory of a run."""
     from gradpursuit.gradients.collector import Collector, CollectSpec
     from gradpursuit.trajectory.model import attach_lora
 
-    config, folder = run.config, run.folder
-    kinds = list(dict.fromkeys(kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)))
-    checkpoints = read_run_trajectory(run)
-    if not kinds:
-        return {"features": []}
+    config, checkpoints = run.config, read_run_trajectory(run)
+    if not any(split.kinds for split in splits):
+        return
     settings = config.gradients
     spec = CollectSpec(
         dim=settings.dim,
@@ -94,12 +127,10 @@ def _gradients(run: Run) -> dict[str, Any]:
     model = attach_lora(run.base, config.model.lora, run.seed("adapter")).to(run.compute.device)
     try:
         collector = Collector(model, run.compute, checkpoints, spec)
-        targets = list(dict.fromkeys(kind.for_target for kind in kinds))
-        collector.collect("target", run.table("target"), targets, folder / "gradients" / "target")
-        collector.collect("pool", run.table("pool"), kinds, folder / "gradients" / "pool")
+        for split in splits:
+            collector.collect(split.name, split.table, split.kinds, split.folder)
     finally:
         model.unload()
-    return {"features": [kind.label for kind in kinds]}
 
 
 def read_run_trajectory(run: Run) -> list[Checkpoint]:
@@ -118,7 +149,9 @@ def read_run_trajectory(run: Run) -> list[Checkpoint]:
 
 
 def load_problem(run: Run) -> SelectionProblem:
-    """The selection problem of a run whose gradients are collected.
+    """The selection problem of a run whose gradients are collected, for the target that is chosen for.
+
+    Its pool is `run.candidates()`: all rows, but those that repeat a row of a target added later.
 
     Raises:
         StoreError: a store is incomplete or damaged.
@@ -129,39 +162,45 @@ def load_problem(run: Run) -> SelectionProblem:
     from gradpursuit.selection.features import TrajectoryFeatures
     from gradpursuit.store import GradientStore
 
-    config = run.config
-    kinds = {kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)}
+    def features(folder: Path, kinds: Sequence[Preconditioner]) -> dict[str, TrajectoryFeatures]:
+        return {kind.label: TrajectoryFeatures(GradientStore.open(folder / kind.label).features()) for kind in kinds}
 
-    def features(split: str, labels: set[str]) -> dict[str, TrajectoryFeatures]:
-        folder = run.folder / "gradients" / split
-        return {name: TrajectoryFeatures(GradientStore.open(folder / name).features()) for name in labels}
-
-    sources = [row.source for row in run.table("target")]
+    wanted, candidates = wanted_features(run), run.candidates()
+    ids = run.table("pool").ids
+    pool = features(run.folder / "gradients" / "pool", wanted["pool"])
+    sources = [row.source for row in run.target_table("target")]
     return SelectionProblem(
-        ids=run.table("pool").ids,
-        pool=features("pool", {kind.label for kind in kinds}),
-        target=features("target", {kind.for_target.label for kind in kinds}),
+        ids=[ids[i] for i in candidates.tolist()],
+        pool={label: found.take(candidates) for label, found in pool.items()},
+        target=features(run.target_folder / "gradients" / "target", wanted["target"]),
         groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
         rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
-        gradients=config.gradients,
-        pursuit=config.pursuit,
+        gradients=run.config.gradients,
+        pursuit=run.config.pursuit,
     )
 
 
 def _selection(run: Run) -> dict[str, Any]:
     from gradpursuit.selection.export import write_selection
 
-    pool, problem = run.table("pool"), load_problem(run)
+    pool, candidates, problem = run.table("pool"), run.candidates(), load_problem(run)
     k, seconds = run.budget(pool), {}
+    if k > len(candidates):
+        raise SelectionError(
+            f"selection.k = {k}, but only {len(candidates)} of the {len(pool)} examples of the pool can be chosen for "
+            f"target '{run.config.selection.target}': the others repeat its rows; choose a smaller k"
+        )
     for strategy in run.strategies():
         start = time.monotonic()
         draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-        chosen = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+        found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+        chosen = [replace(selection, indices=candidates[selection.indices]) for selection in found]
         seconds[strategy.name] = round(time.monotonic() - start, 3)
         write_selection(run.folder / "selection" / strategy.name, chosen, pool)
         logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
         _tell_saturation(strategy.name, chosen[0], k)
-    return {"k": k, "seconds": seconds}
+    rows = {"pool": len(candidates), **{name: len(run.target_table(name)) for name in ("target", "heldout")}}
+    return {"k": k, "target": run.config.selection.target, "rows": rows, "seconds": seconds}
 
 
 def _tell_saturation(name: str, selection: Selection, k: int) -> None:
@@ -206,7 +245,7 @@ def _evaluation(run: Run) -> dict[str, Any]:
         run.config.model.lora,
         run.compute,
         pool,
-        run.table("heldout"),
+        run.target_table("heldout"),
         run.config.evaluation,
         run.config.seed,
     )
@@ -223,13 +262,51 @@ def _report(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _gradients_intact(run: Run) -> bool:
-    try:
-        load_problem(run)
-    except (StoreError, TrajectoryError) as error:
-        logger.warning("%s", error)
-        return False
-    return True
+def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
+    """Rows × checkpoints of `target` and `pool` that the stage was begun for: finished, and in all. Loads no model."""
+    rows, plan = run.manifest.entry("data").get("detail", {}).get("rows"), run.manifest.entry("gradients").get("plan")
+    if not rows or not plan:
+        return {}
+    settings = run.config.gradients
+    made_with = {
+        "trajectory": run.fingerprint("trajectory"),
+        "dim": settings.dim,
+        "dtype": settings.store_dtype,
+        "shard_rows": settings.shard_rows,
+    }
+    return {
+        name: (
+            finished_rows(run.folder / "gradients" / name, labels, made_with),
+            rows[name] * run.config.warmup.checkpoints,
+        )
+        for name, labels in plan.items()
+        if labels
+    }
+
+
+def _gradients_intact(run: Run, quick: bool) -> bool:
+    """Whether every shard of pool and target is there and unchanged; each that is not is named."""
+    if quick:
+        return all(done == total for done, total in gradient_rows(run).values())
+    from gradpursuit.store import GradientStore
+
+    intact = True
+    for name, kinds in wanted_features(run).items():
+        for kind in kinds:
+            try:
+                store = GradientStore.open(run.folder / "gradients" / name / kind.label)
+            except StoreError as error:
+                logger.warning("%s", error)
+                intact = False
+                continue
+            for checkpoint in range(store.spec.checkpoints):
+                for shard in range(len(store.spec.shards())):
+                    try:
+                        store.read(checkpoint, shard, verify=True)
+                    except StoreError as error:
+                        logger.warning("%s", error)
+                        intact = False
+    return intact
 
 
 EACH = "selection/{strategy}/selected.jsonl"
@@ -245,6 +322,7 @@ STAGES = (
         _gradients,
         keep="always",
         intact=_gradients_intact,
+        plan=_plan_gradients,
     ),
     Stage("selection", "select", ("selection",), (), ("pursuit", "selection", "evaluation.seeds"), _selection),
     Stage("export", "export", (), (EACH,), (), _export),

@@ -29,6 +29,16 @@ class TrajectoryFeatures:
         """T."""
         return len(self.blocks)
 
+    def take(self, rows: NDArray[np.int64]) -> TrajectoryFeatures:
+        """The features of `rows` (ascending positions) alone: views of the same memory, cut where a row is left out."""
+        cuts = []
+        starts = np.cumsum([0, *(len(shard) for shard in self.blocks[0])])
+        for shard, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+            inside = rows[(rows >= start) & (rows < stop)] - start
+            runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+            cuts += [(shard, int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+        return TrajectoryFeatures([[shards[s][start:stop] for s, start, stop in cuts] for shards in self.blocks])
+
     def norms(self) -> Array:
         """Euclidean norm of every row at every checkpoint, float64 [T, n]."""
         return np.sqrt(
