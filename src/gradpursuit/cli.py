@@ -133,6 +133,10 @@ def _run_folder(name: str) -> Path:
     """
     path = Path(name)
     if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
+        from gradpursuit.lock import holder
+
+        if owner := holder(path):
+            raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
         what = "no such folder" if not path.exists() else "not a run folder: it holds no config.yaml and manifest.json"
         raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
     return path
