@@ -64,7 +64,10 @@ def test_version_and_lazy_names(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "x.yaml", "--colour"], "unrecognized arguments: --colour"),
         (["quickstart", "--selection.kk", "3"], "unknown key 'kk' in section 'selection'; did you mean 'k'?"),
         (["quickstart", "--selection.strategies", "[gtp, lest]"], "unknown strategy 'lest'; did you mean 'less'?"),
-        (["quickstart", "--warmup.fraction", "2"], "'warmup.fraction' = 2"),
+        (["quickstart", "--warmup.fraction", "2"], "--warmup.fraction: 'warmup.fraction' = 2"),
+        (["target"], "required: add|list"),
+        (["target", "add", "x"], "required: --name, --file"),
+        (["target", "list", "nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +193,15 @@ def test_a_moved_run_folder_is_used_where_it_is(job: Job) -> None:
     assert main(["collect", str(moved)]) == 0
     assert (moved / "gradients/pool").is_dir()
     assert not job.run_dir.exists()
+
+
+def test_a_run_folder_may_have_any_name(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(job.folder)
+    for name in ("2024", "true", "a: b # c"):
+        assert main(["run", str(job.path), "--run-dir", name, "--selection.k", "99"]) == 2, "k, not the name"
+        Path(name).mkdir()
+        assert main(["run", str(job.path), "--run-dir", name, "--data.max_tokens", "9"]) == 2
+        assert (job.folder / name / "log.txt").is_file()
 
 
 def test_a_mistake_leaves_no_run_folder_behind(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,34 @@ def test_bad_values_are_named(tmp_path: Path, override: str, part: str) -> None:
     assert "Value error" not in text
 
 
+@pytest.mark.parametrize("key", ["selection.k", "warmup.epochs", "seed", "warmup.fraction", "pursuit.tol"])
+def test_truth_is_no_number(tmp_path: Path, key: str) -> None:
+    assert f"'{key}' = True: " in message(tmp_path, MINIMAL, f"{key}=true")
+
+
+def test_whole_numbers_are_not_guessed(tmp_path: Path) -> None:
+    assert "'warmup.epochs' = 2.0" in message(tmp_path, MINIMAL, "warmup.epochs=2.0")
+    assert "'warmup.epochs' = '2'" in message(tmp_path, MINIMAL + "warmup: {epochs: '2'}\n")
+
+
+def test_a_wrong_value_is_reported_where_it_was_given(tmp_path: Path) -> None:
+    text = MINIMAL + "warmup:\n  epochs: 0\nselection:\n  k: 3\n"
+    found = message(tmp_path, text, "warmup.fraction=2", "selection.fraction=0.1", "pursuit.alpa=1", "data.pool=[1]")
+    starts = sorted(line.partition(": ")[0] for line in found.splitlines())
+    flags = ["--data.pool", "--pursuit.alpa", "--selection.fraction", "--warmup.fraction"]
+    assert starts == [*flags, str(tmp_path / "c.yaml")]
+    assert "--warmup.fraction: 'warmup.fraction' = 2" in found
+    assert "--pursuit.alpa: unknown key 'alpa' in section 'pursuit'; did you mean 'alpha'?" in found
+    assert message(tmp_path, MINIMAL, "warmup={epochs: 0}").startswith("--warmup: 'warmup.epochs' = 0")
+
+
+def test_names_of_targets(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "selection.target=law-2_b").selection.target == "law-2_b"
+    assert load(tmp_path, MINIMAL, "selection.target=null").selection.target is None
+    for name in ("a/b", "..", "''", "a.b", "5"):
+        assert "--selection.target: 'selection.target' = " in message(tmp_path, MINIMAL, f"selection.target={name}")
+
+
 def test_both_budgets(tmp_path: Path) -> None:
     assert "k and fraction are both given" in message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
 

@@ -2,10 +2,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +22,6 @@ STAGE_NAMES = [stage.name for stage in STAGES]
 def chosen(folder: Path) -> dict[str, bytes]:
     """The exported bytes of every strategy."""
     return {path.parent.name: path.read_bytes() for path in sorted(folder.glob("selection/*/selected.jsonl"))}
-
-
-def executed(folder: Path) -> dict[str, str]:
-    return {name: entry["started"] for name, entry in Manifest(folder).read()["stages"].items()}
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -125,25 +117,6 @@ def test_killed_after_any_stage_the_run_ends_with_the_same_selection(
     Run(config).execute("report")
     assert done == STAGE_NAMES[STAGE_NAMES.index(last) + 1 :]
     assert chosen(tmp_path / "killed") == chosen(finished.run_dir)
-
-
-def test_killed_in_the_middle_of_the_gradients_finished_shards_are_kept(job: Job, tmp_path: Path) -> None:
-    folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "gradpursuit.cli", "run", str(job.path), "--run-dir"]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    shard = folder / "gradients" / "pool" / "adam-symmetric" / "checkpoint-1" / "shard-00001.safetensors"
-    process = subprocess.Popen([*command, str(folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not shard.is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert shard.is_file()
-    kept = shard.stat().st_mtime_ns
-    assert "selection" not in executed(folder), "the run was over before it could be killed"
-    subprocess.run([*command, str(folder)], check=True, capture_output=True)
-    assert shard.stat().st_mtime_ns == kept
-    assert chosen(folder) == chosen(tmp_path / "whole")
 
 
 def test_only_what_a_changed_setting_touches_is_made_anew(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,8 @@ ORDER = {
         (
             ("errors", "progress", "__init__"),
             ("config", "files"),
+            ("identity", "lock"),
+            ("live", "counting"),
             ("manifest",),
             ("data",),
             ("trajectory",),
@@ -39,8 +41,11 @@ ORDER = {
             ("selection",),
             ("evaluation",),
             ("report",),
+            ("gradient_stage",),
             ("stages",),
+            ("targets",),
             ("pipeline",),
+            ("status", "console", "verify", "estimate"),
             ("quickstart",),
             ("cli",),
         )

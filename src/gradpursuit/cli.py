@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradpursuit import __version__
+from gradpursuit.console import at_work, console, quiet_libraries
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 
 if TYPE_CHECKING:
@@ -31,20 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("gradpursuit").setLevel(logging.DEBUG)
-    console = _console()
+    printer = console()
     try:
         arguments.verb(arguments, overrides)
     except GradPursuitError as error:
-        console.clear_line()
+        printer.clear_line()
         print(f"gradpursuit: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # the disk, wherever it fails
-        console.clear_line()
+        printer.clear_line()
         place = f"{error.filename}: " if error.filename else ""
         print(f"gradpursuit: error: {place}{error.strerror or error}; finished work is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        console.clear_line()
+        printer.clear_line()
         print("gradpursuit: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
@@ -52,18 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit quickstart`."""
-    from gradpursuit.quickstart.job import quickstart_config
+    from gradpursuit.quickstart.job import fetch_inputs, quickstart_config
 
-    _quiet_libraries()
+    quiet_libraries()
     config = quickstart_config(Path(arguments.run_dir), overrides)
-    _execute(config, "report")
+    _execute(config, "report", inputs=lambda: fetch_inputs(Path(str(config.run_dir))))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit run config.yaml`."""
-    _quiet_libraries()
+    quiet_libraries()
     if arguments.run_dir:
-        overrides = [*overrides, f"run_dir={arguments.run_dir}"]
+        overrides = [*overrides, _run_dir(arguments.run_dir)]
     _execute(_load(Path(arguments.config), overrides), "report")
 
 
@@ -73,26 +74,77 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     path = Path(arguments.run)
     if not path.exists() and path.suffix not in (".yaml", ".yml"):
         raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
-    _quiet_libraries()
+    quiet_libraries()
     _execute(_load(path / "config.yaml" if path.is_dir() else path, overrides), last, first)
 
 
-def _execute(config: RunConfig, upto: str, first: str | None = None) -> None:
+def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit status RUN`."""
+    from gradpursuit.pipeline import Run
+    from gradpursuit.status import read_status
+
+    found = read_status(Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True))
+    print(found.to_json() if arguments.json else found)
+
+
+def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit target add RUN --name N --file F`."""
+    from gradpursuit.pipeline import Run
+    from gradpursuit.targets import TargetFiles, add_target
+
+    config = _load(_run_folder(arguments.run) / "config.yaml", overrides)
+    files = TargetFiles(tuple(map(_absolute, arguments.file)), tuple(map(_absolute, arguments.heldout)))
+    quiet_libraries()
+    made = Run(config)
+    with at_work(made):
+        target = add_target(made, arguments.name, files, replace=arguments.replace)
+    print(f"target folder: {target.folder}")
+    print(f"choose for it: gradpursuit select {made.folder} --selection.target {target.name}")
+
+
+def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit target list RUN`."""
+    from gradpursuit.pipeline import Run
+    from gradpursuit.status import target_lines
+    from gradpursuit.targets import targets
+
+    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    found = [target.describe() for target in targets(made)]
+    print("\n".join(target_lines(found)) if found else f"{made.folder}: no target was added")
+
+
+def _execute(config: RunConfig, upto: str, first: str | None = None, inputs: Callable[[], None] = lambda: None) -> None:
     from gradpursuit.pipeline import Run
 
     made = Run(config)
-    fresh = not made.folder.exists()
-    handler = _log_file(made.folder)
-    try:
+    with at_work(made):
+        inputs()
         made.execute(upto, first)
-    finally:
-        logging.getLogger("gradpursuit").removeHandler(handler)
-        handler.close()
-        if fresh and not made.manifest.has_finished("data"):
-            shutil.rmtree(made.folder, ignore_errors=True)  # a mistake was met before anything was made
     if upto == "report":
         _print_table(made)
     print(f"run folder: {made.folder}")
+
+
+def _run_folder(name: str) -> Path:
+    """The folder of a run that was begun.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = Path(name)
+    if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
+        from gradpursuit.lock import holder
+
+        if owner := holder(path):
+            raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
+        what = "no such folder" if not path.exists() else "not a run folder: it holds no config.yaml and manifest.json"
+        raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
+    return path
+
+
+def _run_dir(path: str | Path) -> str:
+    """The setting that makes `path` the run folder, whatever YAML would take it for."""
+    return f"run_dir={json.dumps(str(path))}"
 
 
 def _load(path: Path, overrides: list[str]) -> RunConfig:
@@ -103,7 +155,7 @@ def _load(path: Path, overrides: list[str]) -> RunConfig:
     from gradpursuit.config import load_config
 
     if (path.parent / "manifest.json").is_file() and not any(o.startswith("run_dir=") for o in overrides):
-        overrides = [*overrides, f"run_dir={path.parent}"]
+        overrides = [*overrides, _run_dir(path.parent)]
     config = load_config(path, overrides)
     data, model = config.data, Path(config.model.path).expanduser()
     absolute = {name: [_absolute(file) for file in getattr(data, name)] for name in ("pool", "target", "heldout")}
@@ -138,11 +190,38 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         verb = verbs.add_parser(name, help=text, description=text, epilog=OVERRIDES)
         verb.add_argument("run", metavar="RUN", help="a run folder, or a configuration that names one")
         verb.set_defaults(verb=stage, name=name)
+    text = "show how far every stage is: state, rows done, rate and time left"
+    verb = verbs.add_parser("status", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    verb.set_defaults(verb=status)
+    _add_target_verbs(verbs.add_parser("target", help="add a target to a finished run, or list those it has"))
     try:
         words, overrides = _split(argv)
     except ConfigError as error:
         parser.error(str(error))
     return parser.parse_args(words), overrides
+
+
+def _add_target_verbs(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="add|list")
+    text = "compute the features of other target examples against the trajectory of a run, and nothing else"
+    verb = verbs.add_parser("add", help=text, description=text)
+    verb.add_argument("run", metavar="RUN", help="a run folder whose gradients are collected")
+    verb.add_argument("--name", required=True, help="what selection.target is to call it")
+    verb.add_argument("--file", required=True, action="append", help="a JSONL file of target examples; may be repeated")
+    verb.add_argument(
+        "--heldout",
+        default=[],
+        action="append",
+        metavar="FILE",
+        help="a JSONL file of examples for scoring only; may be repeated (default: split off from the target)",
+    )
+    verb.add_argument("--replace", action="store_true", help="replace a target of that name that has other content")
+    verb.set_defaults(verb=target_add)
+    verb = verbs.add_parser("list", help="list the targets that were added to a run")
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.set_defaults(verb=target_list)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -160,66 +239,6 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             raise ConfigError(f"flag '{word}' has no value: write {word} VALUE")
     return words, overrides
-
-
-class _Console(logging.Handler):
-    """Prints records to stderr; on a terminal, progress stays on one line."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._terminal, self._open = sys.stderr.isatty(), False
-
-    def clear_line(self) -> None:
-        """Leave the progress line, if there is one."""
-        if self._open:
-            sys.stderr.write("\r\x1b[K")
-            self._open = False
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        self.clear_line()
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        if getattr(record, "progress", False) and self._terminal:
-            sys.stderr.write(prefix + record.getMessage())
-            self._open = True
-        else:
-            sys.stderr.write(prefix + record.getMessage() + "\n")
-        sys.stderr.flush()
-
-
-def _console() -> _Console:
-    logger = logging.getLogger("gradpursuit")
-    for handler in [h for h in logger.handlers if isinstance(h, _Console)]:
-        logger.removeHandler(handler)
-    console = _Console()
-    logger.addHandler(console)
-    logger.propagate = False
-    return console
-
-
-def _log_file(folder: Path) -> logging.Handler:
-    from gradpursuit.files import disk_error
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
-    except OSError as error:
-        raise disk_error(error, folder) from error
-    logging.raiseExceptions = False  # a full disk is told once, by whatever stage meets it
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("gradpursuit").addHandler(handler)
-    return handler
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars and advice would drown the run's own words; errors still come as exceptions."""
-    import warnings
-
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|accelerate)(\..*)?")
 
 
 def _print_table(made: Run) -> None:

@@ -12,12 +12,45 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from gradpursuit.errors import ConfigError, nearest
 
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
-Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
+Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
+Fraction = Annotated[Number, Field(gt=0, le=1)]
+
+
+def target_name(name: str) -> str:
+    """`name`, if it can be the name of an added target: of a folder, and of a flag's value that YAML reads as text.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or not isinstance(yaml.safe_load(name), str):
+        raise ValueError(
+            "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
+            "YAML takes for a value (true, no, null, ...)"
+        )
+    return name
 
 
 class Section(BaseModel):
@@ -29,8 +62,8 @@ class Section(BaseModel):
 class LoraSection(Section):
     """The adapter that is trained and whose gradients are followed."""
 
-    r: int = Field(8, ge=1, description="rank of the adapter")
-    alpha: int = Field(16, ge=1, description="LoRA alpha; the adapter's output is scaled by alpha / r")
+    r: Whole = Field(8, ge=1, description="rank of the adapter")
+    alpha: Whole = Field(16, ge=1, description="LoRA alpha; the adapter's output is scaled by alpha / r")
     target_modules: str | list[str] = Field(
         "all-linear", description="'all-linear', a regular expression, or a list of module names"
     )
@@ -86,8 +119,8 @@ class DataSection(Section):
     heldout: list[str] = Field(
         default_factory=list, description="target examples for scoring only; empty: split off from the target"
     )
-    max_tokens: int = Field(1024, ge=8, description="longer rows are dropped, never cut")
-    max_dropped: float = Field(
+    max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
+    max_dropped: Number = Field(
         0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
     )
 
@@ -106,10 +139,10 @@ class WarmupSection(Section):
         "checkpoint-*; all of them are followed, nothing is trained, and no other setting of this section may be given",
     )
     fraction: Fraction = Field(0.1, description="share of the pool to train on, drawn with the seed")
-    epochs: int = Field(3, ge=1, description="passes over that share")
-    checkpoints: int = Field(3, ge=1, description="T: checkpoints kept, evenly spaced over the steps")
-    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
-    learning_rate: float = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+    epochs: Whole = Field(3, ge=1, description="passes over that share")
+    checkpoints: Whole = Field(3, ge=1, description="T: checkpoints kept, evenly spaced over the steps")
+    batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
+    learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
 
     @field_validator("trajectory", mode="before")
     @classmethod
@@ -131,30 +164,30 @@ class GradientsSection(Section):
     preconditioner: PreconditionerName = Field(
         "adam-symmetric", description="what turns a gradient into the direction the optimizer would move"
     )
-    dim: int = Field(4096, ge=16, description="d: size of the sketched feature")
-    nonzeros: int = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
-    tokens_per_batch: int = Field(1024, ge=16, description="padded tokens in one backward pass")
+    dim: Whole = Field(4096, ge=16, description="d: size of the sketched feature")
+    nonzeros: Whole = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
+    tokens_per_batch: Whole = Field(1024, ge=16, description="padded tokens in one backward pass")
     store_dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
         "float32", description="element type on disk: 4, 2, 2 or 1 bytes"
     )
-    max_dropped: float = Field(
+    max_dropped: Number = Field(
         0.01, ge=0, le=1, description="share of the rows that may have no gradient (not finite, or too long for memory)"
     )
-    shard_rows: int = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
+    shard_rows: Whole = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
 
 
 class PursuitSection(Section):
     """The joint selection."""
 
-    alpha: float = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
+    alpha: Number = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
     normalize: Literal["unit", "none"] = Field("unit", description="norm of each row at each checkpoint")
     balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
-    max_iter: int = Field(50, ge=1, description="pursuit iterations per layer")
-    tol: float = Field(1e-6, ge=0, description="smallest relative improvement of the objective to go on")
+    max_iter: Whole = Field(50, ge=1, description="pursuit iterations per layer")
+    tol: Number = Field(1e-6, ge=0, description="smallest relative improvement of the objective to go on")
     saturation: Literal["layers", "stop"] = Field(
         "layers", description="what to do when fewer than k examples fit: pursue again without them, or stop"
     )
-    max_coherence: float | None = Field(
+    max_coherence: Number | None = Field(
         0.999, gt=0, le=1, description="examples whose features have at least this cosine are copies"
     )
 
@@ -163,13 +196,21 @@ class SelectionSection(Section):
     """Which strategies choose, and how many examples."""
 
     strategies: list[str] = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
-    k: int | None = Field(None, ge=1, description="examples to choose; or give a fraction")
+    k: Whole | None = Field(None, ge=1, description="examples to choose; or give a fraction")
     fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
+    target: str | None = Field(
+        None, description="a target that `gradpursuit target add` added to the run; null: the one of data.target"
+    )
 
     @field_validator("strategies", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("target")
+    @classmethod
+    def _usable_name(cls, value: str | None) -> str | None:
+        return value if value is None else target_name(value)
 
     @model_validator(mode="after")
     def _one_budget(self) -> SelectionSection:
@@ -183,19 +224,19 @@ class SelectionSection(Section):
 class EvaluationSection(Section):
     """Fine-tuning on every subset and scoring on held-out target examples."""
 
-    seeds: int = Field(2, ge=1, description="fine-tuning runs per strategy")
-    epochs: int = Field(3, ge=1, description="passes over the k examples; the same steps for every strategy")
-    batch_size: int = Field(8, ge=1, description="examples per optimizer step")
-    learning_rate: float = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+    seeds: Whole = Field(2, ge=1, description="fine-tuning runs per strategy")
+    epochs: Whole = Field(3, ge=1, description="passes over the k examples; the same steps for every strategy")
+    batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
+    learning_rate: Number = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
-    holdout: float = Field(0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty")
+    holdout: Number = Field(0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty")
 
 
 class RunConfig(Section):
     """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
 
     run_dir: str | None = Field(None, description="the run folder; default runs/<name of the config file>")
-    seed: int = Field(0, ge=0, description="the one seed; every use derives its own from it")
+    seed: Whole = Field(0, ge=0, description="the one seed; every use derives its own from it")
     model: ModelSection
     data: DataSection
     warmup: WarmupSection = WarmupSection()
@@ -239,7 +280,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
     apply_overrides(tree, overrides)
-    return build_config(tree, str(path))
+    return build_config(tree, str(path), overrides)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -254,8 +295,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def build_config(tree: Mapping[str, Any], where: str) -> RunConfig:
-    """Validate a nested mapping; `where` names its origin in messages.
+def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Validate a nested mapping; `where` names its origin in messages, `overrides` what came from flags instead.
 
     Raises:
         ConfigError: with one line per wrong key or value.
@@ -263,8 +304,18 @@ def build_config(tree: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(dict(item)) for item in error.errors()]
-        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+        flags = [override.partition("=")[0] for override in overrides]
+        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item))}" for item in error.errors()]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str:
+    """Where a wrong value was given: the flag that set it (or set what is around it or in it), else `where`."""
+    keys = [str(part) for part in loc]
+    around = {".".join(keys[:length]) for length in range(1, len(keys) + 1)}
+    inside = ".".join(keys) + "."
+    named = [f"--{flag}" for flag in dict.fromkeys(flags) if flag in around or flag.startswith(inside)]
+    return ", ".join(named) or where
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -20,10 +20,10 @@ from torch import nn
 from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
 from gradpursuit.evaluation.compare import heldout_loss
+from gradpursuit.gradient_stage import checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.engine import FeatureEngine
 from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.pipeline import Run
-from gradpursuit.stages import tuned_model, wanted_features
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import token_batches
@@ -106,7 +106,11 @@ def estimate(config: RunConfig) -> Estimate:
         "evaluation": _evaluation(run, sample, step),
     }
     settings = config.evaluation
-    rows = {"pool": round(len(sample.pool) * sample.scale), "target": len(sample.target), "heldout": len(sample.heldout)}
+    rows = {
+        "pool": round(len(sample.pool) * sample.scale),
+        "target": len(sample.target),
+        "heldout": len(sample.heldout),
+    }
     full = settings.epochs * -(-rows["pool"] // settings.batch_size) * step[settings.batch_size]
     cuda = run.compute.device.type == "cuda"
     return Estimate(
@@ -208,7 +212,7 @@ def _trajectory(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
 
 def _gradients(run: Run, sample: Sample) -> Cost:
     """Time batches of several lengths, and take every batch that the run will make at the cost of one like it."""
-    settings, checkpoints = run.config.gradients, run.config.warmup.checkpoints
+    settings, checkpoints = run.config.gradients, checkpoint_count(run)
     wanted = wanted_features(run)
     tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
     seconds, disk = 0.0, 0
@@ -272,7 +276,7 @@ def _selection(run: Run, sample: Sample) -> Cost:
     float(block @ block)
     rate = block.nbytes / max(time.monotonic() - start, 1e-9)
     rows = len(sample.pool) * sample.scale
-    spec = StoreSpec(("",), settings.warmup.checkpoints, settings.gradients.dim, settings.gradients.store_dtype, 1, {})
+    spec = StoreSpec(("",), checkpoint_count(run), settings.gradients.dim, settings.gradients.store_dtype, 1, {})
     strategies = [strategy for strategy in run.strategies() if strategy.needs(settings.gradients)]
     return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
 

@@ -123,4 +123,9 @@ def disk_error(error: OSError, path: Path) -> GradPursuitError:
     """The message for a failed write to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return RunError(f"{path}: no space left on the disk; free some and run again: finished work is kept")
+    if error.errno == errno.EFBIG:
+        return RunError(
+            f"{path}: larger than a file may be here (`ulimit -f`, or the file system); raise the limit and run again: "
+            "finished work is kept"
+        )
     return RunError(f"{path}: cannot be written: {error.strerror or error}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 from collections.abc import Sequence
@@ -38,43 +40,67 @@ class Manifest:
             raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
         return value
 
-    def state(self, stage: str, fingerprint: str) -> State:
-        """How far `stage` got with these inputs and settings, and whether its outputs are still what it wrote."""
-        entry = self.read()["stages"].get(stage)
-        if entry is None:
+    def entry(self, stage: str) -> dict[str, Any]:
+        """What is recorded of `stage`; empty if it was never begun."""
+        found: dict[str, Any] = self.read()["stages"].get(stage, {})
+        return found
+
+    def state(self, stage: str, fingerprint: str, *, quick: bool = False) -> State:
+        """How far `stage` got with these inputs and settings, and whether its outputs are still what it wrote.
+
+        With `quick`, outputs are known by their size, not by their sha256.
+        """
+        entry = self.entry(stage)
+        if not entry:
             return "new"
         if entry.get("fingerprint") != fingerprint:
             return "outdated" if entry.get("state") == "complete" else "new"
         if entry.get("state") != "complete":
             return "unfinished"
-        whole = all(_is(self._path.parent / name, digest) for name, digest in entry.get("outputs", {}).items())
+        known, is_same = ("sizes", _has_size) if quick else ("outputs", _has_sha256)
+        whole = all(is_same(self._path.parent / name, value) for name, value in entry.get(known, {}).items())
         return "complete" if whole else "damaged"
 
     def has_finished(self, stage: str) -> bool:
         """Whether `stage` was ever finished here, with whatever settings."""
-        return bool(self.read()["stages"].get(stage, {}).get("state") == "complete")
+        return bool(self.entry(stage).get("state") == "complete")
 
     def fingerprint(self, stage: str) -> str:
         """The fingerprint that `stage` was run with."""
         return str(self.read()["stages"][stage]["fingerprint"])
 
-    def begin(self, stage: str, fingerprint: str, seed: int) -> None:
-        """Record that `stage` runs now, here, with these versions."""
+    def begin(self, stage: str, fingerprint: str, seed: int, plan: dict[str, Any] | None = None) -> None:
+        """Record that `stage` runs now, here, with these versions, and what it is going to write."""
         value = self.read()
         value.update(gradpursuit=__version__, seed=seed, packages=_versions(), machine=_machine())
-        value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now()}
+        value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now(), "plan": plan or {}}
         write_json(self._path, value)
 
     def complete(self, stage: str, seconds: float, detail: dict[str, Any], outputs: Sequence[Path]) -> None:
-        """Record that `stage` is finished, how long it took, what it found, and the sha256 of its `outputs`."""
-        hashes = {path.relative_to(self._path.parent).as_posix(): sha256_of(path) for path in outputs}
+        """Record that `stage` is finished, how long it took, what it found, and sha256 and size of its `outputs`."""
+        files = {path.relative_to(self._path.parent).as_posix(): path for path in outputs}
         value = self.read()
-        value["stages"][stage].update(state="complete", seconds=round(seconds, 2), detail=detail, outputs=hashes)
+        value["stages"][stage].update(
+            state="complete",
+            seconds=round(seconds, 2),
+            detail=detail,
+            outputs={name: sha256_of(path) for name, path in files.items()},
+            sizes={name: path.stat().st_size for name, path in files.items()},
+        )
         write_json(self._path, value)
 
 
-def _is(path: Path, digest: str) -> bool:
+def digest_of(value: Any) -> str:
+    """sha256 (hex) of a JSON value, for fingerprints."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _has_sha256(path: Path, digest: str) -> bool:
     return path.is_file() and sha256_of(path) == digest
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _now() -> str:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.config import RunConfig
-from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError
+from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
 from gradpursuit.files import sha256_of, write_text
-from gradpursuit.manifest import Manifest, State
+from gradpursuit.identity import model_identity
+from gradpursuit.live import telling
+from gradpursuit.lock import RunLock
+from gradpursuit.manifest import Manifest, State, digest_of
 from gradpursuit.stages import STAGES, Stage
+from gradpursuit.targets import Target
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
     from gradpursuit.data import Table
@@ -34,43 +40,74 @@ class Run:
 
     Args:
         config: resolved; `run_dir` names the folder.
+        quick: know files by name, size and time instead of reading them, as is enough to look on.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, *, quick: bool = False) -> None:
         if config.run_dir is None:
             raise ConfigError("'run_dir' is missing: name the folder of the run")
-        self.config = config
+        self.config, self.quick = config, quick
         self.folder = Path(config.run_dir)
         self.manifest = Manifest(self.folder)
+        self.lock = RunLock(self.folder)
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Hold the lock of the folder, and tell there how far `what` is.
+
+        Raises:
+            RunError: another process holds the lock.
+        """
+        with self.lock, telling(self.folder, what):
+            yield
 
     def execute(self, upto: str, first: str | None = None) -> None:
         """Run the stages from `first` (default: the very first) to `upto`, skipping those that are complete.
 
         Raises:
-            RunError: a stage before `first` is not complete.
+            RunError: a stage before `first` is not complete, or another process is at work in the folder.
             GradPursuitError: whatever a stage refuses; finished work is kept.
         """
         names = [stage.name for stage in STAGES]
         begin = names.index(first) if first else 0
-        check(self.config)
-        fingerprint = ""
-        for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
-            fingerprint = self._fingerprint(stage, fingerprint)
-            state = self._state(stage, fingerprint)
-            if state == "complete":
-                if number >= begin:
-                    logger.info("%s: complete, nothing to do", stage.name)
-            elif number < begin:
-                raise RunError(
-                    f"{self.folder}: '{STAGES[begin].name}' needs '{stage.name}', which is not complete for this "
-                    f"configuration; run `gradpursuit {stage.verb} {self.folder}` first"
-                )
-            else:
-                self._run_stage(stage, fingerprint, state)
+        with self.lock:
+            check(self.config)
+            fingerprint = ""
+            for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
+                fingerprint = self.fingerprint_of(stage, fingerprint)
+                state = self.state(stage, fingerprint)
+                if state == "complete":
+                    if number >= begin:
+                        logger.info("%s: complete, nothing to do", stage.name)
+                elif number < begin:
+                    self._refuse(stage, f"'{STAGES[begin].name}'")
+                else:
+                    with self.working(stage.name):
+                        self._run_stage(stage, fingerprint, state)
 
-    def _state(self, stage: Stage, fingerprint: str) -> State:
-        state = self.manifest.state(stage.name, fingerprint)
-        return "damaged" if state == "complete" and stage.intact and not stage.intact(self) else state
+    def require(self, upto: str, purpose: str) -> None:
+        """See that the stages to `upto` are complete; the rows of the gradients are counted, not read.
+
+        Raises:
+            RunError: one is not; the command that completes it is named.
+        """
+        fingerprint = ""
+        for stage in STAGES[: [stage.name for stage in STAGES].index(upto) + 1]:
+            fingerprint = self.fingerprint_of(stage, fingerprint)
+            if self.state(stage, fingerprint, quick=stage.intact is not None) != "complete":
+                self._refuse(stage, purpose)
+
+    def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
+        raise RunError(
+            f"{self.folder}: {purpose} needs '{stage.name}', which is not complete for this "
+            f"configuration; run `gradpursuit {stage.verb} {self.folder}` first"
+        )
+
+    def state(self, stage: Stage, fingerprint: str, *, quick: bool | None = None) -> State:
+        """How far a stage is; `quick` (default: that of the run): files are known by name and size alone."""
+        quick = self.quick if quick is None else quick
+        state = self.manifest.state(stage.name, fingerprint, quick=quick)
+        return "damaged" if state == "complete" and stage.intact and not stage.intact(self, quick) else state
 
     def _run_stage(self, stage: Stage, fingerprint: str, state: State) -> None:
         if state in ("outdated", "damaged"):
@@ -80,7 +117,7 @@ class Run:
             for path in self._paths(stage.owns):
                 shutil.rmtree(path, ignore_errors=True)
         write_text(self.folder / "config.yaml", self.config.dump())
-        self.manifest.begin(stage.name, fingerprint, self.config.seed)
+        self.manifest.begin(stage.name, fingerprint, self.config.seed, stage.plan(self) if stage.plan else None)
         start = time.monotonic()
         detail = self._work(stage)
         self.manifest.complete(stage.name, time.monotonic() - start, detail, self._outputs(stage))
@@ -91,11 +128,11 @@ class Run:
         return sorted({path for path in [*owned, *self._paths(stage.writes)] if path.is_file()})
 
     def _work(self, stage: Stage) -> dict[str, Any]:
-        import torch
-
         try:
             return stage.work(self)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise ModelError(
                 f"{stage.name}: out of memory on {self.compute.device}; lower gradients.tokens_per_batch, "
                 "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
@@ -105,27 +142,80 @@ class Run:
         names = self.config.selection.strategies
         return [self.folder / template.format(strategy=name) for template in templates for name in names]
 
-    def _fingerprint(self, stage: Stage, above: str) -> str:
-        """sha256 over what the stage depends on: the stage above, settings, the seed, input files."""
+    def fingerprint(self, upto: str) -> str:
+        """The fingerprint that stage `upto` has with this configuration and these inputs."""
+        fingerprint = ""
+        for stage in STAGES:
+            fingerprint = self.fingerprint_of(stage, fingerprint)
+            if stage.name == upto:
+                break
+        return fingerprint
+
+    def fingerprint_of(self, stage: Stage, above: str) -> str:
+        """sha256 over what the stage depends on: the stage above, settings, the seed, input files, an added target."""
         config = self.config.model_dump(mode="json")
         value: dict[str, Any] = {"above": above, "stage": stage.name, "seed": self.config.seed}
         for setting in stage.settings:
             section, _, key = setting.partition(".")
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
-            from gradpursuit.trajectory.model import model_identity
-
             value["inputs"] = list(self.input_hashes.values())
-            value["model"] = model_identity(self.config.model)
+            value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.trajectory_hashes
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        if stage.name == "selection" and self.target:
+            value["target"] = self.target.fingerprint()
+        return digest_of(value)
+
+    @cached_property
+    def model_identity(self) -> dict[str, Any]:
+        """What tells the model from others."""
+        return model_identity(self.config.model)
 
     @cached_property
     def input_hashes(self) -> dict[str, str]:
-        """sha256 of every input file."""
-        data = self.config.data
-        return {path: sha256_of(Path(path)) for path in [*data.pool, *data.target, *data.heldout]}
+        """sha256 of every input file; in a quick run that of a file of the same size and time is taken as known."""
+        data, known = self.config.data, self.manifest.entry("data").get("detail", {}) if self.quick else {}
+        stamps, hashes = known.get("stamps", {}), known.get("inputs", {})
+        return {
+            path: hashes[path]
+            if path in hashes and path in stamps and stamps[path] == _stamp(path)
+            else sha256_of(Path(path))
+            for path in [*data.pool, *data.target, *data.heldout]
+        }
+
+    def input_stamps(self) -> dict[str, list[int]]:
+        """Size and time of change of every input file, which tell a quick look that it is still the same."""
+        return {path: _stamp(path) for path in self.input_hashes}
+
+    @cached_property
+    def target(self) -> Target | None:
+        """The added target that is chosen for; None: the run's own."""
+        name = self.config.selection.target
+        return Target(self, name) if name else None
+
+    @property
+    def target_folder(self) -> Path:
+        """Where `data` and `gradients` of the target that is chosen for lie."""
+        return self.target.folder if self.target else self.folder
+
+    def target_table(self, name: str) -> Table:
+        """The cleaned `target` or `heldout` rows of the target that is chosen for."""
+        from gradpursuit.data import Table
+
+        return Table.read(self.target_folder / "data" / f"{name}.parquet")
+
+    def candidates(self) -> NDArray[np.int64]:
+        """Positions of the pool rows that may be chosen: all, but those that repeat a row of an added target."""
+        import numpy as np
+
+        from gradpursuit.data import leaks
+
+        pool = self.table("pool")
+        left_out: list[int] = []
+        if self.target:
+            left_out = leaks(pool, self.target_table("target"), self.target_table("heldout"))
+        return np.delete(np.arange(len(pool)), left_out)
 
     @cached_property
     def trajectory_hashes(self) -> dict[str, str]:
@@ -223,3 +313,11 @@ def check(config: RunConfig) -> None:
         from gradpursuit.trajectory.imported import check_trajectory
 
         check_trajectory(config)
+
+
+def _stamp(path: str) -> list[int]:
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]

@@ -5,17 +5,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradpursuit.errors import StoreError, TrajectoryError
+from gradpursuit.errors import SelectionError
+from gradpursuit.gradient_stage import (
+    collect_gradients,
+    gradients_intact,
+    gradients_plan,
+    load_problem,
+    tuned_model,
+)
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
-    from gradpursuit.selection import Selection, SelectionProblem
-    from gradpursuit.trajectory.checkpoint import Checkpoint
+    from gradpursuit.selection import Selection
 
 logger = logging.getLogger("gradpursuit")
 
@@ -33,7 +38,9 @@ class Stage:
         work: does it, and returns its findings for the manifest.
         keep: which outputs are left for `work` to go on with: "never" any, those of an "unfinished" attempt with
             the same inputs and settings, or "always" (they know what they belong to).
-        intact: whether complete outputs are still what they were; None: their sha256 is compared.
+        intact: whether complete outputs are still what they were (told to be quick, by name and size); None: their
+            sha256 is compared.
+        plan: what it is going to write, for whoever looks on from outside.
     """
 
     name: str
@@ -43,7 +50,8 @@ class Stage:
     settings: tuple[str, ...]
     work: Callable[[Run], dict[str, Any]]
     keep: Literal["never", "unfinished", "always"] = "never"
-    intact: Callable[[Run], bool] | None = None
+    intact: Callable[[Run, bool], bool] | None = None
+    plan: Callable[[Run], dict[str, Any]] | None = None
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes}
+    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
 
 
 def _trajectory(run: Run) -> dict[str, Any]:
@@ -74,103 +82,27 @@ def _trajectory(run: Run) -> dict[str, Any]:
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
 
 
-def tuned_model(run: Run, seed: int) -> AbstractContextManager[Any]:
-    """The base model with what is trained of it, fresh from `seed`: of the kind that the run's trajectory has."""
-    from gradpursuit.trajectory.imported import checkpoint_folders
-    from gradpursuit.trajectory.tuning import tuned
-
-    paths = run.config.warmup.trajectory
-    return tuned(run.base, run.config.model, seed, checkpoint_folders(paths)[0] if paths else None)
-
-
-def _gradients(run: Run) -> dict[str, Any]:
-    from gradpursuit.gradients.collector import Collector, CollectSpec
-
-    config, folder = run.config, run.folder
-    kinds = list(dict.fromkeys(kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)))
-    checkpoints = read_run_trajectory(run)
-    if not kinds:
-        return {"features": []}
-    settings = config.gradients
-    spec = CollectSpec(
-        dim=settings.dim,
-        nonzeros=settings.nonzeros,
-        sketch_seed=run.seed("sketch"),
-        tokens_per_batch=settings.tokens_per_batch,
-        dtype=settings.store_dtype,
-        shard_rows=settings.shard_rows,
-        origin={"trajectory": run.manifest.fingerprint("trajectory")},
-    )
-    with tuned_model(run, run.seed("adapter")) as model:
-        collector = Collector(model, run.compute, checkpoints, spec)
-        targets = list(dict.fromkeys(kind.for_target for kind in kinds))
-        collector.collect("target", run.table("target"), targets, folder / "gradients" / "target")
-        collector.collect("pool", run.table("pool"), kinds, folder / "gradients" / "pool")
-    return {"features": [kind.label for kind in kinds]}
-
-
-def read_run_trajectory(run: Run) -> list[Checkpoint]:
-    """The checkpoints of a run, as many as it is configured to have.
-
-    Raises:
-        TrajectoryError: one is missing or broken.
-    """
-    from gradpursuit.trajectory.checkpoint import read_trajectory
-    from gradpursuit.trajectory.imported import checkpoint_folders
-
-    folder, settings = run.folder / "trajectory", run.config.warmup
-    wanted = len(checkpoint_folders(settings.trajectory)) if settings.trajectory else settings.checkpoints
-    found = read_trajectory(folder)
-    if len(found) != wanted:
-        raise TrajectoryError(f"{folder}: holds {len(found)} of {wanted} checkpoints; run the warm-up again")
-    return found
-
-
-def load_problem(run: Run) -> SelectionProblem:
-    """The selection problem of a run whose gradients are collected.
-
-    Raises:
-        StoreError: a store is incomplete or damaged.
-    """
-    import numpy as np
-
-    from gradpursuit.selection import SelectionProblem
-    from gradpursuit.selection.features import TrajectoryFeatures
-    from gradpursuit.store import GradientStore
-
-    config = run.config
-    kinds = {kind for strategy in run.strategies() for kind in strategy.needs(config.gradients)}
-
-    def features(split: str, labels: set[str]) -> dict[str, TrajectoryFeatures]:
-        folder = run.folder / "gradients" / split
-        return {name: TrajectoryFeatures(GradientStore.open(folder / name).features()) for name in labels}
-
-    sources = [row.source for row in run.table("target")]
-    return SelectionProblem(
-        ids=run.table("pool").ids,
-        pool=features("pool", {kind.label for kind in kinds}),
-        target=features("target", {kind.for_target.label for kind in kinds}),
-        groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
-        rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
-        gradients=config.gradients,
-        pursuit=config.pursuit,
-    )
-
-
 def _selection(run: Run) -> dict[str, Any]:
     from gradpursuit.selection.export import write_selection
 
-    pool, problem = run.table("pool"), load_problem(run)
+    pool, (problem, candidates) = run.table("pool"), load_problem(run)
     k, seconds = run.budget(pool), {}
+    if k > len(candidates):
+        raise SelectionError(
+            f"selection.k = {k}, but only {len(candidates)} of the {len(pool)} examples of the pool can be chosen: the "
+            "others have no gradient, or repeat rows of the target that was added; choose a smaller k"
+        )
     for strategy in run.strategies():
         start = time.monotonic()
         draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-        chosen = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+        found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+        chosen = [replace(selection, indices=candidates[selection.indices]) for selection in found]
         seconds[strategy.name] = round(time.monotonic() - start, 3)
         write_selection(run.folder / "selection" / strategy.name, chosen, pool)
         logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
         _tell_saturation(strategy.name, chosen[0], k)
-    return {"k": k, "seconds": seconds}
+    rows = {"pool": len(candidates), **{name: len(run.target_table(name)) for name in ("target", "heldout")}}
+    return {"k": k, "target": run.config.selection.target, "rows": rows, "seconds": seconds}
 
 
 def _tell_saturation(name: str, selection: Selection, k: int) -> None:
@@ -214,7 +146,7 @@ def _evaluation(run: Run) -> dict[str, Any]:
         partial(tuned_model, run),
         run.compute,
         pool,
-        run.table("heldout"),
+        run.target_table("heldout"),
         run.config.evaluation,
         run.config.seed,
     )
@@ -231,15 +163,6 @@ def _report(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _gradients_intact(run: Run) -> bool:
-    try:
-        load_problem(run)
-    except (StoreError, TrajectoryError) as error:
-        logger.warning("%s", error)
-        return False
-    return True
-
-
 EACH = "selection/{strategy}/selected.jsonl"
 STAGES = (
     Stage("data", "warmup", ("data",), (), ("data.max_tokens", "data.max_dropped", "evaluation.holdout"), _data),
@@ -250,9 +173,10 @@ STAGES = (
         ("gradients",),
         (),
         ("gradients", "selection.strategies"),
-        _gradients,
+        collect_gradients,
         keep="always",
-        intact=_gradients_intact,
+        intact=gradients_intact,
+        plan=gradients_plan,
     ),
     Stage("selection", "select", ("selection",), (), ("pursuit", "selection", "evaluation.seeds"), _selection),
     Stage("export", "export", (), (EACH,), (), _export),

@@ -29,7 +29,10 @@ MANIFEST = {
                 "dropped": {"pool: longer than max_tokens": 5},
             },
         },
-        "selection": {"seconds": 2.25, "detail": {"seconds": {"gtp": 2.0}}},
+        "selection": {
+            "seconds": 2.25,
+            "detail": {"target": "other", "rows": {"pool": 2, "target": 7, "heldout": 9}, "seconds": {"gtp": 2.0}},
+        },
     },
 }
 LINES = [Line("gtp", 2, 0.0, 1, 8.0, [1.0, 2.0]), Line("random", 2, 1.0, 0, 8.0, [3.0, 5.0])]
@@ -74,6 +77,7 @@ def test_page_is_self_contained_and_escapes_the_data(tmp_path: Path) -> None:
     assert "<script>alert('x')</script>" in text
     assert "1.500" in text  # mean of 1 and 2
     assert "5 × pool: longer than max_tokens" in text
+    assert "target other: 7 target examples,\n9 held out" in text
 
 
 def test_curve_ends_at_the_last_residual(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.errors import ConfigError, ModelError
+from gradpursuit.identity import model_identity
 from gradpursuit.trajectory.model import (
     Compute,
     attach_lora,
     load_model,
     load_tokenizer,
-    model_identity,
     trainable,
 )
 

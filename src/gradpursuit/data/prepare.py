@@ -76,28 +76,66 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
     Raises:
         DataError: a file is unusable, or too little is left of a split.
     """
-    splits = {"pool": config.pool, "target": config.target}
-    if config.heldout:
-        splits["heldout"] = config.heldout
-    cleaned = {name: clean(name, read_examples(paths), renderer, config) for name, paths in splits.items() if paths}
-    for name in splits:
-        if name not in cleaned:
+    files = {"pool": config.pool, "target": config.target, "heldout": config.heldout}
+    cleaned = _clean_all(files, renderer, config, holdout, seed)
+    _drop_leaks(cleaned, "target", "heldout")
+    _drop_leaks(cleaned, "pool", "target", "heldout")
+    dropped = [record for part in cleaned.values() for record in part.dropped]
+    return {**_write(cleaned, dropped, folder), "distinct": len({row.hash for row in cleaned["pool"].table})}
+
+
+def prepare_target(
+    config: DataSection, pool: Table, renderer: Renderer, folder: Path, holdout: float, seed: int
+) -> dict[str, Any]:
+    """Clean another target for a `pool` that is not to change: write what :func:`prepare` writes, but no pool.
+
+    Pool rows whose content is also in the target or its held-out rows are listed in `dropped.jsonl`; whoever chooses
+    from the pool for this target has to leave them out (:func:`leaks`).
+
+    Returns:
+        Counts for the manifest: rows kept per split, drops per reason, and pool rows to leave out.
+
+    Raises:
+        DataError: a file is unusable, or too little is left of the target or of the pool.
+    """
+    cleaned = _clean_all({"target": config.target, "heldout": config.heldout}, renderer, config, holdout, seed)
+    _drop_leaks(cleaned, "target", "heldout")
+    found = leaks(pool, cleaned["target"].table, cleaned["heldout"].table)
+    if len(found) == len(pool):
+        raise DataError("every row of the pool is also in target or heldout: nothing is left to choose from")
+    reason = "same content as a row of target or heldout; left out of selections for this target"
+    dropped = [record for part in cleaned.values() for record in part.dropped]
+    dropped += [drop_record("pool", pool[i], reason) for i in found]
+    return {**_write(cleaned, dropped, folder), "leaks": len(found)}
+
+
+def leaks(table: Table, *others: Table) -> list[int]:
+    """Positions of the rows of `table` whose content is also in one of the `others`."""
+    hashes = {row.hash for other in others for row in other}
+    return [index for index, row in enumerate(table) if row.hash in hashes]
+
+
+def _clean_all(
+    files: dict[str, list[str]], renderer: Renderer, config: DataSection, holdout: float, seed: int
+) -> dict[str, Cleaned]:
+    """Every split, cleaned; without a held-out file the share `holdout` of the target is split off."""
+    cleaned = {name: clean(name, read_examples(paths), renderer, config) for name, paths in files.items() if paths}
+    for name in files:
+        if name not in cleaned and name != "heldout":
             raise DataError(f"data.{name} names no file")
     if "heldout" not in cleaned:
         cleaned["target"], cleaned["heldout"] = split_off(cleaned["target"], holdout, seed)
-    _drop_leaks(cleaned)
-    dropped = [record for part in cleaned.values() for record in part.dropped]
+    return cleaned
+
+
+def _write(cleaned: dict[str, Cleaned], dropped: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
     for name, part in cleaned.items():
         part.table.write(folder / f"{name}.parquet")
     write_text(folder / "dropped.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in dropped))
     reasons = Counter(f"{record['split']}: {record['reason']}" for record in dropped)
     for reason, count in reasons.items():
         logger.warning("dropped %d rows of %s", count, reason)
-    return {
-        "rows": {name: len(part.table) for name, part in cleaned.items()},
-        "dropped": dict(reasons),
-        "distinct": len({row.hash for row in cleaned["pool"].table}),
-    }
+    return {"rows": {name: len(part.table) for name, part in cleaned.items()}, "dropped": dict(reasons)}
 
 
 def split_off(target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Cleaned]:
@@ -110,7 +148,7 @@ def split_off(target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Clea
     if len(hashes) < 2:
         raise DataError(
             f"the target holds {len(hashes)} distinct rows; at least 2 are needed to hold some out: "
-            "add rows or give data.heldout"
+            "add rows, or give held-out rows of their own (data.heldout)"
         )
     count = min(max(1, round(holdout * len(hashes))), len(hashes) - 1)
     chosen = {hashes[i] for i in np.random.default_rng(seed).permutation(len(hashes))[:count]}
@@ -120,20 +158,15 @@ def split_off(target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Clea
     return Cleaned(kept, target.dropped), Cleaned(heldout)
 
 
-def _drop_leaks(cleaned: dict[str, Cleaned]) -> None:
-    """Take out of the pool what scores or guides it, and out of the target what scores it."""
-    for name, others in (("target", ("heldout",)), ("pool", ("target", "heldout"))):
-        leaks = {row.hash for other in others for row in cleaned[other].table}
-        part = cleaned[name]
-        kept = [row for row in part.table if row.hash not in leaks]
-        part.dropped += [
-            drop_record(name, row, f"same content as a row of {' or '.join(others)}")
-            for row in part.table
-            if row.hash in leaks
-        ]
-        if not kept:
-            raise DataError(f"every row of the {name} is also in {' or '.join(others)}: nothing is left")
-        part.table = Table(kept)
+def _drop_leaks(cleaned: dict[str, Cleaned], name: str, *others: str) -> None:
+    """Take out of split `name` what is also in the `others`, which it is to be scored or guided by."""
+    part = cleaned[name]
+    found = set(leaks(part.table, *(cleaned[other].table for other in others)))
+    reason = f"same content as a row of {' or '.join(others)}"
+    part.dropped += [drop_record(name, part.table[i], reason) for i in sorted(found)]
+    if len(found) == len(part.table):
+        raise DataError(f"every row of the {name} is also in {' or '.join(others)}: nothing is left")
+    part.table = Table([row for i, row in enumerate(part.table) if i not in found])
 
 
 def _render(example: Example, renderer: Renderer, max_tokens: int) -> tuple[str, Row | None]:

@@ -143,9 +143,8 @@ class Collector:
         spec = self._spec
         origin = {
             **spec.origin,
-            **table_identity(table),
+            **identity(table, kind),
             "projection": self._sketch.describe(),
-            "preconditioner": {"name": kind.name, "bias_correction": kind.bias_correction},
             "precision": {"autocast": self._precision, "tokens_per_batch": spec.tokens_per_batch},
         }
         return GradientStore.create(
@@ -154,13 +153,14 @@ class Collector:
         )
 
 
-def table_identity(table: Table) -> dict[str, str]:
-    """What tells the rows of one table from those of another: sha256 of their content, and of what is supervised."""
+def identity(table: Table, kind: Preconditioner) -> dict[str, Any]:
+    """What a store holds features of: sha256 of the rows' content and of what is supervised, and the preconditioner."""
     data, masks = hashlib.sha256(), hashlib.sha256()
     for row in table:
         data.update(f"{row.hash}:{row.input_ids}\n".encode())
         masks.update(f"{row.labels}\n".encode())
-    return {"data": data.hexdigest(), "masks": masks.hexdigest()}
+    preconditioner = {"name": kind.name, "bias_correction": kind.bias_correction}
+    return {"data": data.hexdigest(), "masks": masks.hexdigest(), "preconditioner": preconditioner}
 
 
 def _as_shards(found: Computed, rows: range) -> list[Shard]:

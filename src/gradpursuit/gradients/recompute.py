@@ -17,7 +17,7 @@ from gradpursuit.store import GradientStore
 
 @dataclass(frozen=True)
 class Difference:
-    """One row at one checkpoint: `lost` is 1 - cos of the stored feature and the one computed again; NaN: it has none."""
+    """One row at one checkpoint: `lost` is 1 - cos of its stored feature and a new one; NaN: there is no new one."""
 
     checkpoint: int
     id: str

@@ -14,25 +14,32 @@ from gradpursuit.quickstart.build import build
 
 
 def quickstart_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Fetch model and data (once), build pool and target under `run_dir`, and configure the run.
+    """Configure the run; nothing is fetched or written yet.
 
     Raises:
-        DownloadError: model or data cannot be fetched.
-        RunError: the disk is full.
         ConfigError: an override is not usable.
     """
     tree = yaml.safe_load(SETTINGS)
     apply_overrides(tree, overrides)
-    run_dir, cache = run_dir.resolve(), cache_folder()
+    run_dir = run_dir.resolve()
     tree["run_dir"] = str(run_dir)
-    tree["model"].setdefault("path", str(cache / MODEL))
+    tree["model"].setdefault("path", str(cache_folder() / MODEL))
     for name in ("pool", "target", "heldout"):
         tree["data"].setdefault(name, [str(run_dir / "input" / f"{name}.jsonl")])
-    config = build_config(tree, "quickstart")  # refuses what is wrong before anything is fetched
+    config = build_config(tree, "quickstart", overrides)  # refuses what is wrong before anything is fetched
     check(config)
-    smollm2(cache)
-    build(cache, run_dir / "input")
     return config
+
+
+def fetch_inputs(run_dir: Path) -> None:
+    """Fetch model and data (once), and build pool, target and held-out files in `run_dir/input`.
+
+    Raises:
+        DownloadError: model or data cannot be fetched.
+        RunError: the disk is full.
+    """
+    smollm2(cache_folder())
+    build(cache_folder(), run_dir / "input")
 
 
 SETTINGS = """

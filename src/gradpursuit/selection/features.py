@@ -41,6 +41,16 @@ class TrajectoryFeatures:
         values = [[block.values for block in shards] for shards in self.blocks]
         return TrajectoryMatrix(values, scale if factor is None else scale * factor)
 
+    def take(self, rows: NDArray[np.int64]) -> TrajectoryFeatures:
+        """The features of `rows` (ascending positions) alone: views of the same memory, cut where a row is left out."""
+        cuts = []
+        starts = np.cumsum([0, *(len(shard) for shard in self.blocks[0])])
+        for shard, (start, stop) in enumerate(zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)):
+            inside = rows[(rows >= start) & (rows < stop)] - start
+            runs = np.split(inside, np.flatnonzero(np.diff(inside) > 1) + 1)
+            cuts += [(shard, int(run[0]), int(run[-1]) + 1) for run in runs if len(run)]
+        return TrajectoryFeatures([[_cut(shards[s], start, stop) for s, start, stop in cuts] for shards in self.blocks])
+
     def norms(self) -> Array:
         """Euclidean norm of every row at every checkpoint, float64 [T, n]."""
         return np.sqrt([self._at(t).squared_norms() for t in range(self.checkpoints)])
@@ -65,6 +75,11 @@ class TrajectoryFeatures:
 
     def _at(self, checkpoint: int) -> TrajectoryMatrix:
         return TrajectoryFeatures([self.blocks[checkpoint]]).matrix()
+
+
+def _cut(block: Block, start: int, stop: int) -> Block:
+    scale = None if block.scale is None else block.scale[start:stop]
+    return Block(block.values[start:stop], scale)
 
 
 def _scales(shards: Sequence[Block]) -> Array:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import re
 import socket
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger("gradpursuit")
-_SAMPLE = 1 << 20
 _WRAPPERS = frozenset(("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"))
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.[^.]+\.weight$")
 
@@ -161,25 +159,6 @@ def plain_name(name: str) -> str:
     while parts[:1] == ["module"]:
         parts = parts[1:]
     return ".".join(parts[2:] if parts[:2] == ["base_model", "model"] else parts)
-
-
-def model_identity(config: ModelSection) -> dict[str, Any]:
-    """What tells one model from another, for fingerprints: small files whole, weights by size, head and tail."""
-    path = Path(config.path)
-    if not path.exists():
-        return {"hub": config.path, "revision": config.revision}
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return {file.name: _sampled_hash(file) for file in files if not file.name.startswith(".")}
-
-
-def _sampled_hash(path: Path) -> str:
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLE))
-        file.seek(max(0, size - _SAMPLE))
-        digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
 
 
 def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:

@@ -1,0 +1,54 @@
+"""What the process at work in a run folder tells those who look on: `progress.json`, renewed about once a second."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gradpursuit.lock import Owner
+from gradpursuit.progress import Progress, listening
+
+NAME = "progress.json"
+
+
+@contextmanager
+def telling(folder: Path, stage: str) -> Iterator[None]:
+    """Leave the numbers of every :class:`Progress` in this block in `folder`, as those of `stage`."""
+    path, part = folder / NAME, folder / f"{NAME}.part"
+
+    def write(progress: Progress) -> None:
+        value = {
+            "pid": os.getpid(),
+            "stage": stage,
+            "what": progress.what,
+            "unit": progress.unit,
+            "done": progress.done,
+            "total": progress.total,
+            "rate": progress.rate,
+            "updated": time.time(),
+        }
+        with suppress(OSError):  # a full disk is told by the stage that meets it; looking on must not end the work
+            part.write_text(json.dumps(value), encoding="utf-8")  # not synced: it is worth nothing after a crash
+            part.replace(path)
+
+    try:
+        with listening(write):
+            yield
+    finally:
+        for left in (path, part):
+            with suppress(OSError):
+                left.unlink(missing_ok=True)
+
+
+def read_progress(folder: Path, owner: Owner, stage: str) -> dict[str, Any] | None:
+    """The numbers that `owner`, at work now, last left for `stage`; None: none yet."""
+    try:
+        value: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return value if (value["pid"], value["stage"]) == (owner.pid, stage) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,207 @@
+"""Targets added to a run: features of other examples against the trajectory that is kept.
+
+`RUN/targets/NAME/` is made like the run's own: `manifest.json` with the states of its two stages, `data/` with the
+cleaned `target.parquet`, `heldout.parquet` and `dropped.jsonl`, `gradients/` with one store per preconditioner. Nothing
+else of the run is touched. The pool cannot change any more, so its rows whose content is also in the new target are
+left out of every selection for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gradpursuit.config import target_name
+from gradpursuit.errors import ConfigError, RunError
+from gradpursuit.files import read_json, sha256_of
+from gradpursuit.manifest import Manifest, State, digest_of
+
+if TYPE_CHECKING:
+    from gradpursuit.pipeline import Run
+
+logger = logging.getLogger("gradpursuit")
+
+
+@dataclass(frozen=True)
+class TargetFiles:
+    """What a target is made of: JSONL files of its examples, and of those that only score (none: split off)."""
+
+    target: Sequence[str]
+    heldout: Sequence[str]
+
+    @cached_property
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """sha256 of every file, by split and path."""
+        return {name: {p: sha256_of(Path(p)) for p in getattr(self, name)} for name in ("target", "heldout")}
+
+
+class Target:
+    """One added target of a run.
+
+    Raises:
+        ConfigError: the name cannot be one.
+    """
+
+    def __init__(self, run: Run, name: str) -> None:
+        try:
+            target_name(name)
+        except ValueError as error:
+            raise ConfigError(f"target name {name!r}: {error}") from None
+        self.name = name
+        self.folder = run.folder / "targets" / name
+        self.manifest = Manifest(self.folder)
+        self._run = run
+
+    @property
+    def inputs(self) -> dict[str, dict[str, str]]:
+        """sha256 of the files it was made of, by split and path; empty before its data are clean."""
+        found: dict[str, dict[str, str]] = self.manifest.entry("data").get("detail", {}).get("inputs", {})
+        return found
+
+    def fingerprints(self, inputs: dict[str, dict[str, str]]) -> dict[str, str]:
+        """Of both stages: what they depend on, in the run and in the content of the files."""
+        content = {name: list(hashes.values()) for name, hashes in inputs.items()}
+        data = digest_of({"above": self._run.fingerprint("data"), "inputs": content})
+        return {"data": data, "gradients": digest_of({"above": self._run.fingerprint("gradients"), "data": data})}
+
+    def state(self) -> State:
+        """How far it got, for the run as it is configured now."""
+        fingerprints = self.fingerprints(self.inputs)
+        for stage, fingerprint in fingerprints.items():
+            state = self.manifest.state(stage, fingerprint, quick=self._run.quick)
+            if state != "complete":
+                return "unfinished" if stage == "gradients" and state == "new" else state
+        return "complete"
+
+    def fingerprint(self) -> str:
+        """What a selection for it depends on.
+
+        Raises:
+            RunError: it is not there, or not complete for the run as it is configured now.
+        """
+        state = self.state()
+        if state == "new":
+            names = ", ".join(target.name for target in targets(self._run)) or "none"
+            raise RunError(
+                f"selection.target '{self.name}': the run has no such target (added: {names}); "
+                f"run `{self.command()}` first, or give selection.target null for the run's own"
+            )
+        if state != "complete":
+            reasons = {"unfinished": "was not finished", "outdated": "was made with other settings or another pool"}
+            reason = reasons.get(state, "has a file that is missing or was changed")
+            raise RunError(f"selection.target '{self.name}' {reason}; run `{self.command()}` first")
+        return self.manifest.fingerprint("gradients")
+
+    def command(self) -> str:
+        """The command that makes it, or makes it again."""
+        words = ["gradpursuit", "target", "add", str(self._run.folder), "--name", self.name]
+        for flag, split in (("--file", "target"), ("--heldout", "heldout")):
+            for path in self.inputs.get(split, {}):
+                words += [flag, path]
+        return shlex.join(words) + ("" if self.inputs else " --file FILE.jsonl")
+
+    def describe(self) -> dict[str, Any]:
+        """Name, state, rows and files, as JSON values."""
+        detail = self.manifest.entry("data").get("detail", {})
+        return {
+            "name": self.name,
+            "state": self.state(),
+            "rows": detail.get("rows", {}),
+            "left_out": detail.get("leaks", 0),
+            "features": self.manifest.entry("gradients").get("detail", {}).get("features", []),
+            "files": {name: list(hashes) for name, hashes in self.inputs.items()},
+        }
+
+
+def targets(run: Run) -> Iterator[Target]:
+    """The targets that were added to a run, by name."""
+    for path in sorted((run.folder / "targets").glob("*/manifest.json")):
+        yield Target(run, path.parent.name)
+
+
+def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False) -> Target:
+    """Clean the files of a target and compute its features; finished work with the same content is kept.
+
+    Raises:
+        RunError: the run's gradients are not complete, or the name is taken by a target with other content.
+        DataError: a file cannot be used, or nothing is left of target or pool; nothing is left behind.
+    """
+    target = Target(run, name)
+    with run.working(f"target {name}"):
+        run.require("gradients", f"`target add {name}`")
+        if target.inputs and target.fingerprints(target.inputs) != target.fingerprints(files.hashes) and not replace:
+            raise RunError(
+                f"{target.folder}: target '{name}' is there with other content "
+                f"({', '.join(path for hashes in target.inputs.values() for path in hashes)}); "
+                "choose another name, or give --replace"
+            )
+        fingerprints = target.fingerprints(files.hashes)
+        for stage, work in (("data", _clean), ("gradients", _collect)):
+            state = target.manifest.state(stage, fingerprints[stage])
+            if state == "complete":
+                logger.info("target %s: %s complete, nothing to do", name, stage)
+                continue
+            start = time.monotonic()
+            detail = work(run, target, files, fingerprints[stage])
+            outputs = sorted(path for path in (target.folder / stage).rglob("*") if path.is_file())
+            target.manifest.complete(stage, time.monotonic() - start, detail, outputs)
+    return target
+
+
+def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
+    from gradpursuit.data import Renderer, prepare_target
+    from gradpursuit.files import write_folder
+    from gradpursuit.trajectory.model import load_tokenizer
+
+    config = run.config
+    renderer = Renderer(load_tokenizer(config.model))
+    chosen = config.data.model_copy(update={"target": list(files.target), "heldout": list(files.heldout)})
+    new = not target.folder.exists()
+    try:
+        with write_folder(target.folder / "data") as folder:
+            counts = prepare_target(
+                chosen, run.table("pool"), renderer, folder, config.evaluation.holdout, run.seed("holdout")
+            )
+            target.manifest.begin("data", fingerprint, config.seed)
+    except BaseException:
+        if new:
+            shutil.rmtree(target.folder, ignore_errors=True)
+        raise
+    trained = _trained_on(run, target)
+    if trained:
+        logger.warning(
+            "the warm-up trained on %d pool rows that repeat rows of this target: its gradients are a little smaller",
+            trained,
+        )
+    return {**counts, "inputs": files.hashes}
+
+
+def _trained_on(run: Run, target: Target) -> int:
+    """Rows left out of the pool for this target that the warm-up had trained on."""
+    from gradpursuit.data import Table, leaks
+
+    pool = run.table("pool")
+    splits = [Table.read(target.folder / "data" / f"{name}.parquet") for name in ("target", "heldout")]
+    slice_ = run.folder / "trajectory" / "slice.json"
+    if not slice_.is_file():  # the trajectory was given: what it was trained on is not known
+        return 0
+    trained = set(read_json(slice_)["ids"])
+    return sum(pool[i].id in trained for i in leaks(pool, *splits))
+
+
+def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
+    from gradpursuit.data import Table
+    from gradpursuit.gradient_stage import Split, collect, wanted_features
+
+    kinds = wanted_features(run)["target"]
+    target.manifest.begin("gradients", fingerprint, run.config.seed, {"target": [kind.label for kind in kinds]})
+    rows = Table.read(target.folder / "data" / "target.parquet")
+    collect(run, [Split("target", rows, kinds, target.folder / "gradients" / "target")])
+    return {"features": [kind.label for kind in kinds]}

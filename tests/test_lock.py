@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from gradpursuit import lock as module
+from gradpursuit.cli import main
+from gradpursuit.errors import RunError
+from gradpursuit.lock import Owner, RunLock, holder
+from jobs import Job
+
+
+def test_held_it_names_its_owner_and_released_nobody(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    assert holder(folder) is None
+    with RunLock(folder) as lock:
+        assert lock.created
+        owner = holder(folder)
+        assert owner is not None
+        assert (owner.pid, owner.host) == (os.getpid(), socket.gethostname())
+        with lock:
+            assert holder(folder) == owner
+        assert holder(folder) == owner, "leaving an inner block releases nothing"
+        with pytest.raises(RunError, match=rf"{folder}: another process is at work.*pid {os.getpid()} on .*since 20"):
+            RunLock(folder).__enter__()
+        assert holder(folder) == owner, "a refused one leaves the owner's name"
+    assert holder(folder) is None
+    with RunLock(folder) as lock:
+        assert not lock.created
+
+
+def test_released_on_every_way_out(tmp_path: Path) -> None:
+    for error in (RuntimeError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(error), RunLock(tmp_path):
+            raise error
+        assert holder(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "words"),
+    [
+        (
+            Owner(os.getppid(), "here", "2025-01-01", "gradpursuit run x.yaml"),
+            "here, since 2025-01-01 (gradpursuit run",
+        ),
+        (Owner(999_999_999, "another-machine", "2025-01-01", "x"), "pid 999999999 on another-machine"),
+        (None, "an unknown process"),
+    ],
+    ids=["its number is another's now", "of another machine", "half written"],
+)
+def test_a_stale_lock_is_taken_over_and_told(
+    tmp_path: Path, left: Owner | None, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / ".lock").write_text(json.dumps(vars(left)) if left else '{"pid": 12')
+    assert holder(tmp_path) is None
+    with caplog.at_level("WARNING", "gradpursuit"), RunLock(tmp_path):
+        owner = holder(tmp_path)
+        assert owner is not None
+        assert owner.pid == os.getpid()
+    assert "taking over the lock of" in caplog.text
+    assert words in caplog.text
+    caplog.clear()
+    with RunLock(tmp_path):
+        assert not caplog.records, "a lock that was released is nobody's"
+
+
+def test_the_lock_of_a_deleted_folder_is_no_lock(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with RunLock(folder) as first:
+        late = RunLock(folder)
+        file = late._open()  # opened before the folder went, locked after
+        first.discard_folder()
+        assert not folder.exists()
+    try:
+        assert not late._is_in_place(file)
+    finally:
+        os.close(file)
+    with RunLock(folder) as lock:
+        assert lock.created
+        assert (folder / ".lock").is_file()
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(_file: int, _operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    with caplog.at_level("WARNING", "gradpursuit"), RunLock(tmp_path):
+        owner = holder(tmp_path)
+        assert owner is not None
+        assert owner.pid == os.getpid()
+    assert "this file system has no locks" in caplog.text
+    assert holder(tmp_path) is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match="cannot be written"):
+            RunLock(folder).__enter__()
+
+
+def test_every_writing_verb_is_refused_and_touches_nothing(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradpursuit.lock._PATIENCE", 0.05)
+    folder = job.run_dir
+    with RunLock(folder):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        verbs = [["run", str(job.path)], ["quickstart", "--run-dir", str(folder)], ["warmup", str(job.path)]]
+        for arguments in verbs:
+            assert main(arguments) == 2
+            message = capsys.readouterr().err
+            assert f"error: {folder}: another process is at work in this run folder: pid {os.getpid()} on" in message
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+        assert list(before) == [folder / ".lock"]
+        assert main(["status", str(folder)]) == 2
+        assert "is at work here, but has not begun a stage" in capsys.readouterr().err
+    assert main(["warmup", str(job.path)]) == 0
+    capsys.readouterr()
+    with RunLock(folder):
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        add = ["target", "add", str(folder), "--name", "n", "--file", str(job.folder / "target.jsonl")]
+        for arguments in (*([verb, str(folder)] for verb in ("collect", "select", "export", "compare")), add):
+            assert main(arguments) == 2
+            assert "another process is at work" in capsys.readouterr().err
+        assert main(["status", str(folder)]) == 0
+        assert f"at work: pid {os.getpid()}" in capsys.readouterr().out
+        assert main(["target", "list", str(folder)]) == 0
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
