@@ -71,11 +71,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
     first, last, _ = STAGE_VERBS[arguments.name]
-    path = Path(arguments.run)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
+    path = _config_file(arguments.run)
     quiet_libraries()
-    _execute(_load(path / "config.yaml" if path.is_dir() else path, overrides), last, first)
+    _execute(_load(path, overrides), last, first)
 
 
 def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -85,6 +83,52 @@ def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     found = read_status(Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True))
     print(found.to_json() if arguments.json else found)
+
+
+def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit estimate config.yaml`."""
+    from gradpursuit.estimate import estimate as measure
+
+    quiet_libraries()
+    found = measure(_load(_config_file(arguments.config), overrides))
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+        return
+    from rich.console import Console
+
+    from gradpursuit.report.terminal import cost_table, size
+
+    costs = {name: (cost.seconds, cost.disk) for name, cost in found.stages.items()}
+    Console().print(cost_table(costs, found.full_training))
+    memory = f"memory {size(found.memory)}" + (f", GPU memory {size(found.gpu_memory)}" if found.gpu_memory else "")
+    print(f"measured on {found.compute}; {found.rows['pool']} rows of the pool, {memory}")
+    print(
+        "selection: at most; it ends as soon as nothing improves. Other stages: from timed rows and steps of this data"
+    )
+
+
+def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit verify RUN`."""
+    from rich.console import Console
+
+    from gradpursuit.lock import holder
+    from gradpursuit.pipeline import Run
+    from gradpursuit.report.terminal import checks_table
+    from gradpursuit.verify import verify as check
+
+    folder = _run_folder(arguments.run)
+    if owner := holder(folder):
+        raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
+    quiet_libraries()
+    found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
+    rows = [
+        (c.store, c.dtype, c.rows, c.worst.lost, f"{c.worst.id}, checkpoint {c.worst.checkpoint}") for c in found.checks
+    ]
+    if rows:
+        Console().print(checks_table(rows))
+    if found.problems:
+        raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
+    print(f"{folder}: every file is what was written, no row is missing")
 
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -123,6 +167,18 @@ def _execute(config: RunConfig, upto: str, first: str | None = None, inputs: Cal
     if upto == "report":
         _print_table(made)
     print(f"run folder: {made.folder}")
+
+
+def _config_file(name: str) -> Path:
+    """The configuration that is meant by a YAML file or a run folder.
+
+    Raises:
+        RunError: there is no such folder.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
+    return path / "config.yaml" if path.is_dir() else path
 
 
 def _run_folder(name: str) -> Path:
@@ -195,6 +251,16 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.add_argument("--json", action="store_true", help="print it as JSON")
     verb.set_defaults(verb=status)
+    text = "time a few dozen rows and steps, and print what every stage will cost"
+    verb = verbs.add_parser("estimate", help=text, description=f"{text}; leaves nothing behind", epilog=OVERRIDES)
+    verb.add_argument("config", help="the configuration, a YAML file, or a run folder")
+    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    verb.set_defaults(verb=estimate)
+    text = "check every file of a run against its sha256, find missing rows, compute some features again"
+    verb = verbs.add_parser("verify", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.add_argument("--sample", type=int, default=8, help="rows of each split to compute again (default: 8)")
+    verb.set_defaults(verb=verify)
     _add_target_verbs(verbs.add_parser("target", help="add a target to a finished run, or list those it has"))
     try:
         words, overrides = _split(argv)

@@ -57,9 +57,13 @@ class Manifest:
             return "outdated" if entry.get("state") == "complete" else "new"
         if entry.get("state") != "complete":
             return "unfinished"
+        return "damaged" if self.changed(stage, quick=quick) else "complete"
+
+    def changed(self, stage: str, *, quick: bool = False) -> list[str]:
+        """Outputs of `stage` that are missing, or are not what it wrote; `quick` as in :meth:`state`."""
         known, is_same = ("sizes", _has_size) if quick else ("outputs", _has_sha256)
-        whole = all(is_same(self._path.parent / name, value) for name, value in entry.get(known, {}).items())
-        return "complete" if whole else "damaged"
+        outputs = self.entry(stage).get(known, {})
+        return [name for name, value in outputs.items() if not is_same(self._path.parent / name, value)]
 
     def has_finished(self, stage: str) -> bool:
         """Whether `stage` was ever finished here, with whatever settings."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from gradpursuit.evaluation.table import Line
+
+if TYPE_CHECKING:
+    from gradpursuit.verify import StoreCheck
 
 
 def comparison_table(lines: Sequence[Line]) -> Table:
@@ -44,3 +47,46 @@ def timing_table(manifest: dict[str, Any]) -> Table:
             table.add_row(f"  {strategy}", f"{seconds:.2f}")
     table.add_row("total", f"{total:.1f}")
     return table
+
+
+def cost_table(costs: Mapping[str, tuple[float, int]], full_training: float) -> Table:
+    """Seconds and bytes on disk that every stage will take, beside fine-tuning on the whole pool."""
+    table = Table(title="What the run will cost")
+    table.add_column("stage")
+    table.add_column("time", justify="right")
+    table.add_column("disk", justify="right")
+    for name, (seconds, disk) in costs.items():
+        table.add_row(name, duration(seconds), size(disk) if disk else "")
+    table.add_section()
+    total = [sum(values) for values in zip(*costs.values(), strict=True)]
+    table.add_row("total", duration(total[0]), size(int(total[1])))
+    table.add_row("fine-tuning on the whole pool", duration(full_training), "")
+    return table
+
+
+def checks_table(checks: Sequence[StoreCheck]) -> Table:
+    """Stores whose rows were computed again, with the one that differs most."""
+    table = Table(title="Features computed again, one row at a time")
+    for name in ("store", "type", "rows", "worst 1 - cos", "of"):
+        table.add_column(name, justify="right" if name in ("rows", "worst 1 - cos") else "left")
+    for check in checks:
+        found = check.worst
+        where = f"{found.id}, checkpoint {found.checkpoint}"
+        table.add_row(check.store, check.dtype, str(check.rows), f"{found.lost:.1e}", where)
+    return table
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 8.3 s, 12.5 min, 7.1 h."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"

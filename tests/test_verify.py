@@ -1,0 +1,121 @@
+"""`gradpursuit verify`: what it says of a sound run, and of every kind of damage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gradpursuit.cli import main
+from gradpursuit.config import load_config
+from gradpursuit.files import read_json, write_json
+from gradpursuit.pipeline import Run
+from gradpursuit.store import GradientStore
+from gradpursuit.verify import verify
+from jobs import Job
+
+
+@pytest.fixture(scope="module")
+def collected(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose every stage is complete."""
+    job = Job(tmp_path_factory.mktemp("verify"), tiny_path)
+    job.save(evaluation={"seeds": 1})
+    assert main(["run", str(job.path)]) == 0
+    return job.run_dir
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def run_of(folder: Path) -> Run:
+    return Run(load_config(folder / "config.yaml"))
+
+
+def test_a_sound_run(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(collected)
+    assert main(["verify", str(collected), "--sample", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "every file is what was written, no row is missing" in out
+    assert "gradients/pool/adam-symmetric" in out
+    assert snapshot(collected) == before
+
+
+def test_rows_come_out_the_same_one_by_one(collected: Path) -> None:
+    found = verify(run_of(collected), sample=40)
+    assert found.problems == []
+    stores = {check.store: check for check in found.checks}
+    assert set(stores) == {f"gradients/pool/{n}" for n in ("adam-symmetric", "adam-uncorrected")} | {
+        f"gradients/target/{n}" for n in ("adam-symmetric", "identity")
+    }
+    assert stores["gradients/pool/adam-symmetric"].rows == 30
+    assert stores["gradients/target/identity"].rows == 6
+    assert all(check.worst.lost < 1e-6 for check in found.checks)
+
+
+@pytest.fixture
+def damaged(collected: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be damaged."""
+    import shutil
+
+    folder = tmp_path / "run"
+    shutil.copytree(collected, folder)
+    text = (folder / "config.yaml").read_text().replace(str(collected), str(folder))
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def problems(folder: Path) -> list[str]:
+    return verify(run_of(folder), sample=2).problems
+
+
+def test_a_changed_output_is_named(damaged: Path) -> None:
+    path = damaged / "selection" / "gtp" / "selected.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"plus", b"pius", 1))
+    assert [p for p in problems(damaged) if str(path) in p and "gradpursuit export" in p]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
+def test_a_damaged_shard_is_named_with_its_rows(damaged: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = damaged / "gradients" / "pool" / "adam-symmetric" / "checkpoint-2" / "shard-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 4
+    {"flip": lambda: path.write_bytes(content), "cut": lambda: path.write_bytes(content[:-30]), "delete": path.unlink}[
+        damage
+    ]()
+    found = problems(damaged)
+    assert len(found) == 1
+    assert str(path) in found[0]
+    assert "rows 8-15 of checkpoint 2 are missing" in found[0]
+    assert main(["verify", str(damaged)]) == 2
+    assert "1 problems in" in capsys.readouterr().err
+
+
+def test_features_that_are_not_those_of_the_row_are_found(damaged: Path) -> None:
+    """A shard that is whole and fits, but holds what another program computed."""
+    store = GradientStore.open(damaged / "gradients" / "target" / "identity")
+    shard = store.read(0, 0)
+    rng = np.random.default_rng(0)
+    store.write(0, 0, _with(shard, rng.normal(size=shard.features.shape).astype(np.float32)))
+    found = verify(run_of(damaged), sample=40)
+    assert [p for p in found.problems if "gradients/target/identity" in p and "comes out differently" in p]
+
+
+def _with(shard: Any, features: np.ndarray) -> Any:
+    from dataclasses import replace
+
+    return replace(shard, features=features)
+
+
+def test_an_unfinished_stage_is_told(damaged: Path) -> None:
+    manifest = read_json(damaged / "manifest.json")
+    del manifest["stages"]["report"]
+    write_json(damaged / "manifest.json", manifest)
+    assert [p for p in problems(damaged) if "stage 'report' is new" in p and "gradpursuit compare" in p]
+
+
+def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "not a run folder" in capsys.readouterr().err
