@@ -119,6 +119,9 @@ def test_another_setting_makes_unfinished_rows_not_count(folder: Path, capsys: p
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["stages"]["gradients"]["state"] = "running"  # as a kill leaves it
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    time.sleep(1)  # of the clock that the manifest keeps
+    with RunLock(folder):
+        assert status(folder, capsys)["gradients"]["state"] == "unfinished", "it was another process that began it"
     assert status(folder, capsys)["gradients"]["done"] == 74
     store = folder / "gradients/pool"
     assert finished_rows(store, ["adam-symmetric"], {"dim": 256}) == 62

@@ -12,6 +12,7 @@ from gradpursuit.cli import main
 from gradpursuit.config import load_config
 from gradpursuit.files import sha256_of
 from gradpursuit.pipeline import Run
+from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore
 from jobs import Job
 
@@ -27,8 +28,9 @@ def template(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     job.write("other.jsonl", other_rows(0))
     job.write("more.jsonl", other_rows(5))
     job.write("score.jsonl", other_rows(20))
-    job.write("leaky.jsonl", [*other_rows(0), job.row(3), job.row(9)])
     assert main(["warmup", str(job.path)]) == 0
+    trained = next(name for name in trained_on(job.run_dir) if name not in ("plus-3", "copy-of-3"))
+    job.write("leaky.jsonl", [*other_rows(0), job.row(3), job.row(int(trained.removeprefix("plus-")))])
     assert main(["collect", str(job.run_dir)]) == 0
     return job
 
@@ -36,6 +38,11 @@ def template(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
 @pytest.fixture
 def run(template: Job, tmp_path: Path) -> Path:
     return Path(shutil.copytree(template.run_dir, tmp_path / "run"))
+
+
+def trained_on(run: Path) -> list[str]:
+    ids: list[str] = json.loads((run / "trajectory/slice.json").read_text())["ids"]
+    return ids
 
 
 def add(
@@ -131,6 +138,11 @@ def test_the_same_again_is_complete_and_other_content_is_refused(
     assert {path for path, stamp in contents(folder).items() if before.get(path) == stamp} == set()
     assert main(["export", str(run)]) == 2, "the selection was for the other content"
     assert "needs 'selection'" in capsys.readouterr().err
+    pool = template.folder / "pool.jsonl"
+    pool.rename(template.folder / "away")
+    assert main(["status", str(run)]) == 0
+    assert "pool.jsonl: cannot be read" in capsys.readouterr().out
+    (template.folder / "away").rename(pool)
     assert main(["target", "list", str(run)]) == 0
     line = capsys.readouterr().out.splitlines()[1].split()
     assert line == ["other", "complete", "3", "2", "0", str(template.folder / "more.jsonl")]
@@ -142,9 +154,9 @@ def test_pool_rows_that_repeat_the_target_are_told_and_never_chosen(
     assert add(run, template, "leaky.jsonl", heldout="score.jsonl") == 0
     printed = capsys.readouterr().err
     assert "dropped 3 rows of pool: same content as a row of target or heldout; left out of selections" in printed
-    slice_ids = json.loads((run / "trajectory/slice.json").read_text())["ids"]
-    left_out = {"plus-3", "copy-of-3", "plus-9"}
-    assert f"the warm-up trained on {len(left_out & set(slice_ids))} pool rows" in printed
+    leaky = [json.loads(line)["id"] for line in (template.folder / "leaky.jsonl").read_text().splitlines()]
+    left_out = {*leaky[5:], "copy-of-3"}
+    assert f"the warm-up trained on {len(left_out & set(trained_on(run)))} pool rows" in printed
     dropped = [json.loads(line) for line in (run / "targets/other/data/dropped.jsonl").read_text().splitlines()]
     assert {record["id"] for record in dropped} == left_out
     for_all = ["--selection.target", "other", "--selection.k", "28"]
@@ -253,3 +265,20 @@ def test_a_run_elsewhere_has_targets_of_its_own(run: Path, template: Job) -> Non
     assert len(made.target_table("target")) == 3
     assert len(made.table("target")) == 6
     assert made.candidates().tolist() == list(range(31))
+
+
+def test_a_target_at_work_is_shown(run: Path, template: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert add(run, template, "other.jsonl") == 0
+    capsys.readouterr()
+    made = Run(load_config(run / "config.yaml", [f"run_dir={run}"]))
+    with made.working("target other"), Progress("gradients of the target", 6) as progress:
+        progress.update(2)
+        assert main(["status", str(run), "--json"]) == 0
+        (target,) = json.loads(capsys.readouterr().out)["targets"]
+        assert (target["state"], target["now"]["what"], target["now"]["total"]) == (
+            "running",
+            "gradients of the target",
+            6,
+        )
+        assert main(["status", str(run)]) == 0
+        assert "now: gradients of the target: 0/6 rows" in capsys.readouterr().out

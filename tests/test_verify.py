@@ -39,7 +39,7 @@ def test_a_sound_run(collected: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["verify", str(collected), "--sample", "5"]) == 0
     out = capsys.readouterr().out
     assert "every file is what was written, no row is missing" in out
-    assert "gradients/pool/adam-symmetric" in out
+    assert "pool/adam-symmetric" in out
     assert snapshot(collected) == before
 
 
@@ -47,11 +47,11 @@ def test_rows_come_out_the_same_one_by_one(collected: Path) -> None:
     found = verify(run_of(collected), sample=40)
     assert found.problems == []
     stores = {check.store: check for check in found.checks}
-    assert set(stores) == {f"gradients/pool/{n}" for n in ("adam-symmetric", "adam-uncorrected")} | {
-        f"gradients/target/{n}" for n in ("adam-symmetric", "identity")
+    assert set(stores) == {f"pool/{n}" for n in ("adam-symmetric", "adam-uncorrected")} | {
+        f"target/{n}" for n in ("adam-symmetric", "identity")
     }
-    assert stores["gradients/pool/adam-symmetric"].rows == 30
-    assert stores["gradients/target/identity"].rows == 6
+    assert stores["pool/adam-symmetric"].rows == 31
+    assert stores["target/identity"].rows == 6
     assert all(check.worst.lost < 1e-6 for check in found.checks)
 
 
@@ -100,7 +100,7 @@ def test_features_that_are_not_those_of_the_row_are_found(damaged: Path) -> None
     rng = np.random.default_rng(0)
     store.write(0, 0, _with(shard, rng.normal(size=shard.features.shape).astype(np.float32)))
     found = verify(run_of(damaged), sample=40)
-    assert [p for p in found.problems if "gradients/target/identity" in p and "comes out differently" in p]
+    assert [p for p in found.problems if "target/identity" in p and "comes out differently" in p]
 
 
 def _with(shard: Any, features: np.ndarray) -> Any:

@@ -121,11 +121,8 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
     found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
-    rows = [
-        (c.store, c.dtype, c.rows, c.worst.lost, f"{c.worst.id}, checkpoint {c.worst.checkpoint}") for c in found.checks
-    ]
-    if rows:
-        Console().print(checks_table(rows))
+    if found.checks:
+        Console().print(checks_table(found.checks))
     if found.problems:
         raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
     print(f"{folder}: every file is what was written, no row is missing")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
@@ -185,16 +186,26 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _StepClock(TrainerCallback):
+    """Notes when each step ended."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.monotonic())
+
+
 def _step_seconds(run: Run, sample: Sample) -> dict[int, float]:
     """Seconds of one training step, for every batch size that the run uses."""
     found = {}
     rows = list(sample.pool)
     for size in {run.config.warmup.batch_size, run.config.evaluation.batch_size}:
-        times = [0.0]
+        clock = _StepClock()
         with tuned_model(run, run.seed("adapter")) as model, _quiet():
             spec = TrainSpec(_STEPS + 1, size, 1e-6, run.seed("warmup"), "training steps")
-            train(model, rows, spec, run.compute, on_step=lambda *_, times=times: times.append(time.monotonic()))
-        found[size] = statistics.mean(np.diff(times[1:]).tolist())  # the first step warms up
+            train(model, rows, spec, run.compute, callbacks=[clock])
+        found[size] = statistics.mean(np.diff(clock.times).tolist())  # from the end of the first, which warms up
     logger.info("measured: %s", ", ".join(f"a step of {size} rows {s:.2f} s" for size, s in found.items()))
     return found
 

@@ -220,7 +220,7 @@ def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
         return {}
     settings = run.config.gradients
     made_with = {
-        "trajectory": run.fingerprint("trajectory"),
+        "trajectory": run.manifest.entry("trajectory").get("fingerprint"),
         "dim": settings.dim,
         "dtype": settings.store_dtype,
         "shard_rows": settings.shard_rows,

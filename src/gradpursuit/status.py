@@ -20,7 +20,7 @@ from gradpursuit.live import read_progress
 from gradpursuit.lock import Owner, holder
 from gradpursuit.progress import clock
 from gradpursuit.stages import STAGES
-from gradpursuit.targets import targets
+from gradpursuit.targets import Target, targets
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -76,6 +76,7 @@ class RunStatus:
         lines += [f"{stage.stage}: {stage.note}" for stage in self.stages if stage.note]
         if self.targets:
             lines += ["", *target_lines(self.targets)]
+            lines += [f"now: {_now(target['now'])}" for target in self.targets if target["now"]]
         return "\n".join(lines)
 
 
@@ -98,10 +99,15 @@ def read_status(run: Run) -> RunStatus:
                 state = run.state(stage, fingerprint)
             except RunError as error:  # an input is gone: what was made of it cannot be compared with it
                 note = str(error)
-        if owner and entry.get("state") == "running":
-            state = "running"
+        if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
+            state = "running"  # what began before the owner did was killed
         stages.append(_stage(run, stage.name, state, entry, owner, note if note != earlier else ""))
-    return RunStatus(str(run.folder), owner, stages, [target.describe() for target in targets(run)])
+    return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
+
+
+def _target(target: Target, owner: Owner | None) -> dict[str, Any]:
+    now = read_progress(target.folder.parent.parent, owner, f"target {target.name}") if owner else None
+    return {**target.describe(), **({"state": "running"} if now else {}), "now": now}
 
 
 def _stage(run: Run, name: str, state: str, entry: dict[str, Any], owner: Owner | None, note: str) -> StageStatus:

@@ -110,9 +110,13 @@ class Target:
     def describe(self) -> dict[str, Any]:
         """Name, state, rows and files, as JSON values."""
         detail = self.manifest.entry("data").get("detail", {})
+        try:
+            state = self.state()
+        except RunError:  # an input of the run is gone: what was made of it cannot be compared with it
+            state = "outdated"
         return {
             "name": self.name,
-            "state": self.state(),
+            "state": state,
             "rows": detail.get("rows", {}),
             "left_out": detail.get("leaks", 0),
             "features": self.manifest.entry("gradients").get("detail", {}).get("features", []),

@@ -102,6 +102,6 @@ def _recompute(run: Run, sound: list[Split], sample: int) -> list[StoreCheck]:
             found = recompute(made, f"the {split.name}", split.table, stores, sample, run.seed("verify"))
             for kind, store in stores.items():
                 differences = found[kind.label]
-                name = store.folder.relative_to(run.folder).as_posix()
+                name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "")
                 checks.append(StoreCheck(name, store.spec.dtype, len(differences), worst(differences)))
     return checks

@@ -68,7 +68,7 @@ def checks_table(checks: Sequence[StoreCheck]) -> Table:
     """Stores whose rows were computed again, with the one that differs most."""
     table = Table(title="Features computed again, one row at a time")
     for name in ("store", "type", "rows", "worst 1 - cos", "of"):
-        table.add_column(name, justify="right" if name in ("rows", "worst 1 - cos") else "left")
+        table.add_column(name, justify="right" if name in ("rows", "worst 1 - cos") else "left", no_wrap=name != "of")
     for check in checks:
         found = check.worst
         where = f"{found.id}, checkpoint {found.checkpoint}"
