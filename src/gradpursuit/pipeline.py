@@ -112,7 +112,8 @@ class Run:
     def _run_stage(self, stage: Stage, fingerprint: str, state: State) -> None:
         if state in ("outdated", "damaged"):
             reason = "settings or inputs have" if state == "outdated" else "a file of it is missing or has"
-            logger.warning("%s: %s changed, it is made anew", stage.name, reason)
+            mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
+            logger.warning("%s: %s changed, %s", stage.name, reason, mend)
         if stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished"):
             for path in self._paths(stage.owns):
                 shutil.rmtree(path, ignore_errors=True)

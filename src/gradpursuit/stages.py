@@ -89,8 +89,9 @@ def _selection(run: Run) -> dict[str, Any]:
     k, seconds = run.budget(pool), {}
     if k > len(candidates):
         raise SelectionError(
-            f"selection.k = {k}, but only {len(candidates)} of the {len(pool)} examples of the pool can be chosen: the "
-            "others have no gradient, or repeat rows of the target that was added; choose a smaller k"
+            f"selection.k = {k}, but only {len(candidates)} of the {len(pool)} examples of the pool can be chosen for "
+            f"target '{run.config.selection.target or 'target'}': the others repeat its rows or have no gradient; "
+            "choose a smaller k"
         )
     for strategy in run.strategies():
         start = time.monotonic()

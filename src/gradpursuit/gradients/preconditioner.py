@@ -61,12 +61,21 @@ class Preconditioner:
             return lambda _parameter, gradient: gradient
         if self.name == "adam":
             return _AdamStep(state, self.bias_correction)
-        power = 0.5 if self.name == "adam-symmetric" else 1.0
-        correction = 1 - state.beta2**state.step
-        factors = {
-            name: ((_flat(v) / correction).sqrt() + state.eps).pow(-power).contiguous() for name, v in state.v.items()
-        }
-        return lambda parameter, gradient: gradient * factors[parameter]
+        return _Scaled(state, 0.5 if self.name == "adam-symmetric" else 1.0)
+
+
+class _Scaled:
+    """g / (√v̂ + ε)^power."""
+
+    def __init__(self, state: AdamState, power: float) -> None:
+        self._state, self._power, self._correction = state, power, 1 - state.beta2**state.step
+        self._factors: dict[str, Tensor] = {}
+
+    def __call__(self, parameter: str, gradient: Tensor) -> Tensor:
+        if parameter not in self._factors:
+            root = (_flat(self._state.v[parameter]) / self._correction).sqrt() + self._state.eps
+            self._factors[parameter] = root.pow(-self._power)
+        return gradient * self._factors[parameter]
 
 
 class _AdamStep:
@@ -74,14 +83,18 @@ class _AdamStep:
 
     def __init__(self, state: AdamState, bias_correction: bool) -> None:
         step = state.step + 1
-        of_m, of_v = (1 - state.beta1**step, 1 - state.beta2**step) if bias_correction else (1.0, 1.0)
-        self._m = {name: _flat(m) * (state.beta1 / of_m) for name, m in state.m.items()}
-        self._v = {name: _flat(v) * (state.beta2 / of_v) for name, v in state.v.items()}
-        self._g, self._g2, self._eps = (1 - state.beta1) / of_m, (1 - state.beta2) / of_v, state.eps
+        self._state = state
+        self._of_m, self._of_v = (1 - state.beta1**step, 1 - state.beta2**step) if bias_correction else (1.0, 1.0)
+        self._kept: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, parameter: str, gradient: Tensor) -> Tensor:
-        root = torch.addcmul(self._v[parameter], gradient, gradient, value=self._g2).sqrt_().add_(self._eps)
-        return torch.add(self._m[parameter], gradient, alpha=self._g).div_(root)
+        state = self._state
+        if parameter not in self._kept:
+            m, v = _flat(state.m[parameter]), _flat(state.v[parameter])
+            self._kept[parameter] = m * (state.beta1 / self._of_m), v * (state.beta2 / self._of_v)
+        m, v = self._kept[parameter]
+        root = torch.addcmul(v, gradient, gradient, value=(1 - state.beta2) / self._of_v).sqrt_().add_(state.eps)
+        return torch.add(m, gradient, alpha=(1 - state.beta1) / self._of_m).div_(root)
 
 
 def _flat(moment: Tensor) -> Tensor:

@@ -136,11 +136,12 @@ def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingP
         header = json.loads(text)
         if text != _padded(header):
             raise ValueError("its header is not as it was written")
-        metadata = header["__metadata__"]
-        if verify and metadata["sha256"] != _digest(header, file[8 + length :].data):
+        metadata, payload = header["__metadata__"], file[8 + length :]
+        _refuse_other_length(header, len(payload))
+        if verify and metadata["sha256"] != _digest(header, payload.data):
             raise ShardError(path, "its bytes do not match their checksum")
         found, found_parts = metadata["fingerprint"], json.loads(metadata["parts"])
-        shard = _assemble(header, file[8 + length :])
+        shard = _assemble(header, payload)
     except FileNotFoundError:
         raise ShardError(path, "not there") from None
     except _UNREADABLE as error:
@@ -154,12 +155,15 @@ def _first(found: Any, expected: Mapping[str, Any]) -> str:
     return next(differences(found, json.loads(_canonical(dict(expected)))), "other ids")
 
 
+def _refuse_other_length(header: dict[str, Any], length: int) -> None:
+    wanted = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    if wanted != length:
+        raise ValueError(f"{length:,} bytes follow the header, which says {wanted:,}")
+
+
 def _assemble(header: dict[str, Any], payload: NDArray[np.uint8]) -> Shard:
     """The shard of a parsed header and the bytes after it; features stay memory-mapped, the rest is copied."""
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    if max(entry["data_offsets"][1] for entry in entries.values()) != len(payload):
-        raise ValueError(f"{len(payload):,} bytes follow the header, which says otherwise")
-    arrays = {name: _view(payload, name, entry) for name, entry in entries.items()}
+    arrays = {name: _view(payload, name, entry) for name, entry in header.items() if name != "__metadata__"}
     dropped = {int(row): str(reason) for row, reason in json.loads(header["__metadata__"]["dropped"]).items()}
     scale = np.array(arrays["scale"]) if "scale" in arrays else None
     columns = {name: np.array(arrays[name]) for name in COLUMNS}
