@@ -116,6 +116,7 @@ def machine(threads: int) -> dict[str, Any]:
         "processor": names[0] if names else platform.processor(),
         "processors": os.cpu_count(),
         "threads": threads,
+        "load": os.getloadavg()[0],  # above `threads`: others were at work, trust the ratios more than the speeds
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
