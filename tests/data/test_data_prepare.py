@@ -152,7 +152,7 @@ def test_split_depends_on_the_seed_and_on_content_not_on_order(tmp_path: Path, r
 
 
 def test_target_too_small_to_split(tmp_path: Path, renderer: Renderer) -> None:
-    with pytest.raises(DataError, match=r"holds 1 distinct rows; at least 2 .* or give held-out rows .*data\.heldout"):
+    with pytest.raises(DataError, match=r"the target holds 1 distinct rows; .* give held-out rows .*data\.heldout"):
         run(tmp_path, renderer, pairs("p", 3), [pair("t"), pair(" t")])
     _, tables, _ = run(tmp_path, renderer, pairs("p", 3), pairs("t", 2))
     assert len(tables["target"]) == len(tables["heldout"]) == 1
