@@ -154,7 +154,8 @@ def _line_count(path: str) -> int:
 
 def _drawn(data: DataSection, chosen: set[int], folder: Path) -> DataSection:
     """The data with the chosen lines of the pool only, counted over all its files."""
-    paths, number = [], 0
+    paths: list[str] = []
+    number = 0
     for path in data.pool:
         lines: list[bytes] = []
         with Path(path).open("rb") as file:

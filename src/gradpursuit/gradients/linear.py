@@ -39,7 +39,7 @@ class FollowedLinear:
         dtype: of the products; inputs and weights are cast to it, products are accumulated in float32.
     """
 
-    def __init__(self, base: nn.Module, lora: Lora | None, names: tuple[str, ...], dtype: torch.dtype) -> None:
+    def __init__(self, base: Any, lora: Lora | None, names: tuple[str, ...], dtype: torch.dtype) -> None:
         self.base, self.lora, self.names, self.dtype = base, lora, names, dtype
         self.transposed = not isinstance(base, nn.Linear)
         self._made_of: tuple[Any, ...] = ()
@@ -125,7 +125,7 @@ def followed_linears(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Mod
         if module in head:
             continue
         lora = _lora_of(module)
-        base = module.base_layer if lora else module
+        base: Any = module.base_layer if lora else module
         if not is_linear(base):
             continue
         names = [owners.get(id(part)) for part in ((lora.a, lora.b) if lora else (base.weight,))]
