@@ -1,6 +1,6 @@
 """From the user's files to tokens and labels: readers, chat rendering, cleaning, the table on disk."""
 
-from gradpursuit.data.prepare import leaks, prepare, prepare_target
+from gradpursuit.data.prepare import drop_record, leaks, prepare, prepare_target
 from gradpursuit.data.readers import Example, read_examples
 from gradpursuit.data.render import IGNORE, Rendered, Renderer
 from gradpursuit.data.table import Row, Table
@@ -12,6 +12,7 @@ __all__ = [
     "Renderer",
     "Row",
     "Table",
+    "drop_record",
     "leaks",
     "prepare",
     "prepare_target",
