@@ -86,14 +86,14 @@ class ModelSection(Section):
         description="instead of an adapter: train and follow the weights of these linear layers of the model itself; "
         "a regular expression that must match the whole name of a module, as in '.*mlp\\.down_proj'",
     )
-    lora: LoraSection | None = Field(None, description="the adapter; null exactly when `layers` is given")
+    lora: LoraSection | None = Field(LoraSection(), description="the adapter; null exactly when `layers` is given")
 
     @model_validator(mode="before")
     @classmethod
     def _an_adapter_unless_layers(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and value.get("layers") is None and value.get("lora") is None:
-            return {**value, "lora": {}}
-        return value
+        if not isinstance(value, Mapping) or value.get("lora") is not None:
+            return value
+        return {**value, "lora": {} if value.get("layers") is None else None}
 
     @field_validator("layers")
     @classmethod

@@ -118,8 +118,8 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         }
         planner = Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is one process only, which is meant
-            dcp.load(found, storage_reader=reader, planner=planner, no_dist=True)
+            warnings.simplefilter("ignore")  # that there is no process group, which is meant
+            dcp.load(found, storage_reader=reader, planner=planner)
     except Exception as error:  # torch raises many kinds, some of its own, for one broken folder
         raise TrajectoryError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
     return found
