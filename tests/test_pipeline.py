@@ -256,3 +256,17 @@ def test_gpu_and_cpu_choose_alike(finished: Job, tmp_path: Path) -> None:
     mine = {json.loads(line)["id"] for line in chosen(finished.run_dir)["gtp"].splitlines()}
     other = {json.loads(line)["id"] for line in chosen(tmp_path / "gpu")["gtp"].splitlines()}
     assert len(mine & other) >= 4
+
+
+def test_layers_of_the_model_itself_are_followed_to_the_end(tiny_path: Path, tmp_path: Path) -> None:
+    """Without an adapter: warm-up, features, selection, fine-tuning and a check of it all."""
+    from gradpursuit.store import GradientStore
+
+    job = Job(tmp_path, tiny_path)
+    job.tree["model"]["layers"] = r".*layers\.1\.mlp\.down_proj"
+    job.save(evaluation={"seeds": 1})
+    assert main(["run", str(job.path)]) == 0
+    assert main(["verify", str(job.run_dir), "--sample", "4"]) == 0
+    store = GradientStore.open(job.run_dir / "gradients" / "pool" / "adam-symmetric")
+    assert store.spec.origin["projection"]["source_size"] == 32 * 64
+    assert store.spec.origin["adapter"] == {"lora": None, "layers": r".*layers\.1\.mlp\.down_proj"}
