@@ -287,35 +287,25 @@ def _peak() -> int:
     return peak
 
 
-def run_peer(name: str, interpreter: str, rows: list[Row]) -> dict[str, Any]:
-    """Rows a second of another program, in its own environment."""
+def run_peer(peer: str, rows: list[Row]) -> tuple[str, dict[str, Any]]:
+    """Rows a second of another program, in its own environment; `peer` is NAME=PYTHON or NAME=PYTHON:ROWS."""
     from rows import write_jsonl
 
     from gradpursuit.quickstart.assets import cache_folder, smollm2
 
+    name, _, where = peer.partition("=")
+    interpreter, _, limit = where.partition(":")
     script = Path(__file__).parent / "peers" / f"run_{name}.py"
     with tempfile.TemporaryDirectory() as folder:
         path, out = Path(folder) / "rows.jsonl", Path(folder) / "out.json"
         write_jsonl(rows, path)
         model = str(smollm2(cache_folder()))
-        subprocess.run(
-            [
-                interpreter,
-                script,
-                "--model",
-                model,
-                "--rows",
-                path,
-                "--out",
-                out,
-                "--threads",
-                str(torch.get_num_threads()),
-            ],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        command = [interpreter, script, model, path, out, "--threads", str(torch.get_num_threads())]
+        if limit:
+            command += ["--limit", limit]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return name, found
 
 
 def report(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -339,9 +329,10 @@ def report(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
         reference = reference_rows_per_second(world.model, world.rows, world.state, limit=arguments.reference)
         rates["reference: one by one, dense projection"] = reference.rows_per_second
         ratios["whole row / reference, rows a second"] = rates[WHOLE] * reference.seconds_per_row
-    for name, interpreter in (peer.split("=", 1) for peer in arguments.peer):
-        found[name] = run_peer(name, interpreter, world.rows)
-        rates[name] = found[name]["rows_per_second"]
+    for peer in arguments.peer:
+        name, found_peer = run_peer(peer, world.rows)
+        found[name] = found_peer
+        rates[name] = found_peer["rows_per_second"]
         ratios[f"whole row / {name}, rows a second"] = rates[WHOLE] / rates[name]
     return {**found, "ratios": ratios}
 
@@ -368,7 +359,9 @@ def main() -> None:
     parser.add_argument("--tokens-per-batch", type=int, default=1024)
     parser.add_argument("--random-1b", action="store_true", help="a Llama of 1 B parameters with random weights")
     parser.add_argument("--reference", type=int, default=4, metavar="ROWS", help="rows for the reference way; 0: none")
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="bergson or dattri_llm")
+    parser.add_argument(
+        "--peer", action="append", default=[], metavar="NAME=PYTHON[:ROWS]", help="bergson or dattri_llm"
+    )
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
