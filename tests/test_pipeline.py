@@ -270,3 +270,62 @@ def test_layers_of_the_model_itself_are_followed_to_the_end(tiny_path: Path, tmp
     store = GradientStore.open(job.run_dir / "gradients" / "pool" / "adam-symmetric")
     assert store.spec.origin["projection"]["source_size"] == 32 * 64
     assert store.spec.origin["adapter"] == {"lora": None, "layers": r".*layers\.1\.mlp\.down_proj"}
+
+
+def test_a_budget_that_is_refused_changes_nothing(tiny_path: Path, tmp_path: Path) -> None:
+    job = Job(tmp_path, tiny_path)
+    for verb in ("warmup", "collect", "select"):
+        assert main([verb, str(job.path)]) == 0
+    files = [job.run_dir / "config.yaml", *sorted((job.run_dir / "selection").rglob("*.parquet"))]
+    before = [path.read_bytes() for path in files]
+    assert main(["select", str(job.run_dir), "--selection.k", "32"]) == 2
+    assert [path.read_bytes() for path in files] == before
+    assert main(["select", str(job.run_dir)]) == 0
+
+
+def test_rows_without_a_gradient_are_listed_and_never_chosen(
+    tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One pool row is made to fail as a row whose loss is not finite does."""
+    from gradpursuit.gradients import engine
+
+    job = Job(tmp_path, tiny_path)
+    job.tree["gradients"]["max_dropped"] = 0.05
+    job.save(selection={"strategies": ["gtp", "less"], "k": 30})
+    assert main(["warmup", str(job.path)]) == 0
+    batch = engine.FeatureEngine.batch
+
+    def without_one(self: Any, rows: Any) -> Any:
+        found = batch(self, rows)
+        for place, row in enumerate(rows):
+            if row.id == "plus-11":
+                found.loss[place] = float("nan")
+        return found
+
+    monkeypatch.setattr(engine.FeatureEngine, "batch", without_one)
+    assert main(["collect", str(job.path)]) == 0
+    monkeypatch.undo()
+    assert "no gradient for 1 rows of pool: the loss is nan" in capsys.readouterr().err
+    (listed,) = [json.loads(line) for line in (job.run_dir / "gradients" / "dropped.jsonl").read_text().splitlines()]
+    assert (listed["id"], listed["split"], listed["line"]) == ("plus-11", "pool", 12)
+    assert main(["select", str(job.path)]) == 0
+    assert main(["export", str(job.path)]) == 0
+    for strategy in ("gtp", "less"):
+        lines = (job.run_dir / "selection" / strategy / "selected.jsonl").read_text().splitlines()
+        chosen = [json.loads(line)["id"] for line in lines]
+        assert "plus-11" not in chosen
+        assert len(set(chosen)) == len(chosen) > 20
+    assert main(["select", str(job.path), "--selection.k", "31"]) == 2
+    assert "only 30 of the 31 examples of the pool can be chosen" in capsys.readouterr().err
+
+
+def test_training_that_diverges_is_an_error(
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = Job(tmp_path, tiny_path)
+    job.save(warmup={"learning_rate": 1e30})
+    assert main(["warmup", str(job.path)]) == 2
+    err = capsys.readouterr().err
+    assert "the training loss is" in err
+    assert "lower warmup.learning_rate" in err
+    assert "Traceback" not in err

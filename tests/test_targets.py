@@ -284,3 +284,14 @@ def test_a_target_at_work_is_shown(run: Path, template: Job, capsys: pytest.Capt
         )
         assert main(["status", str(run)]) == 0
         assert "now: gradients of the target: 0/6 rows" in capsys.readouterr().out
+
+
+def test_a_replacement_that_fails_leaves_the_old_target(run: Path, template: Job, tmp_path: Path) -> None:
+    assert add(run, template, "other.jsonl") == 0
+    folder = run / "targets" / "other"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "only a prompt"}\n')
+    assert main(["target", "add", str(run), "--name", "other", "--file", str(bad), "--replace"]) == 2
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert sorted(path.name for path in run.glob(".replaced*")) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,39 @@ def test_an_unfinished_stage_is_told(damaged: Path) -> None:
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err
+
+
+def test_every_problem_is_told_and_only_what_is_sound_is_computed_again(damaged: Path) -> None:
+    (damaged / "trajectory" / "checkpoint-2" / "moments.safetensors").unlink()
+    (damaged / "selection" / "gtp" / "selected.jsonl").unlink()
+    found = verify(run_of(damaged), sample=2)
+    assert [p for p in found.problems if "moments.safetensors" in p and "gradpursuit warmup" in p]
+    assert [p for p in found.problems if "selected.jsonl" in p]
+    assert found.checks == []
+
+
+def test_many_damaged_shards_are_told_in_few_lines(damaged: Path) -> None:
+    for path in (damaged / "gradients" / "pool" / "adam-symmetric").glob("checkpoint-*/*.safetensors"):
+        path.unlink()
+    found = [p for p in problems(damaged) if "adam-symmetric" in p]
+    assert len(found) == 6
+    assert "and 3 more shards like these" in found[-1]
+
+
+def test_added_targets_are_verified_as_well(damaged: Path) -> None:
+    other = damaged.parent / "other.jsonl"
+    other.write_text("".join(json.dumps(Job.row(i, "minus")) + "\n" for i in range(5)))
+    assert main(["target", "add", str(damaged), "--name", "other", "--file", str(other)]) == 0
+    found = verify(run_of(damaged), sample=2)
+    assert found.problems == []
+    assert {check.store for check in found.checks} >= {"targets/other/target/identity"}
+    heldout = damaged / "targets" / "other" / "data" / "heldout.parquet"
+    heldout.write_bytes(heldout.read_bytes()[:-1])
+    assert [p for p in problems(damaged) if "target 'other' is damaged" in p and "heldout.parquet" in p]
+
+
+def test_sample_sizes(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(damaged), "--sample", "0"]) == 0
+    assert "computed again" not in capsys.readouterr().out
+    assert main(["verify", str(damaged), "--sample", "-3"]) == 2
+    assert "cannot be negative" in capsys.readouterr().err

@@ -102,18 +102,14 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     Console().print(cost_table(costs, found.full_training))
     memory = f"memory {size(found.memory)}" + (f", GPU memory {size(found.gpu_memory)}" if found.gpu_memory else "")
     print(f"measured on {found.compute}; {found.rows['pool']} rows of the pool, {memory}")
-    print(
-        "selection: at most; it ends as soon as nothing improves. Other stages: from timed rows and steps of this data"
-    )
+    print("from timed rows and steps of this data; a few seconds to start each stage are not counted")
 
 
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit verify RUN`."""
-    from rich.console import Console
-
     from gradpursuit.lock import holder
     from gradpursuit.pipeline import Run
-    from gradpursuit.report.terminal import checks_table
+    from gradpursuit.report.terminal import check_line
     from gradpursuit.verify import verify as check
 
     folder = _run_folder(arguments.run)
@@ -121,8 +117,8 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
     found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
-    if found.checks:
-        Console().print(checks_table(found.checks))
+    for line in map(check_line, found.checks):
+        print(line)
     if found.problems:
         raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
     print(f"{folder}: every file is what was written, no row is missing")
@@ -190,7 +186,8 @@ def _run_folder(name: str) -> Path:
 
         if owner := holder(path):
             raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
-        what = "no such folder" if not path.exists() else "not a run folder: it holds no config.yaml and manifest.json"
+        lacking = " and ".join(name for name in ("config.yaml", "manifest.json") if not (path / name).is_file())
+        what = "no such folder" if not path.exists() else f"not a run folder, or a damaged one: it holds no {lacking}"
         raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
     return path
 

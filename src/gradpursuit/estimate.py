@@ -24,7 +24,7 @@ from gradpursuit.evaluation.compare import heldout_loss
 from gradpursuit.gradient_stage import checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.engine import FeatureEngine
 from gradpursuit.gradients.sketch import SparseSketch
-from gradpursuit.pipeline import Run
+from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import token_batches
@@ -96,8 +96,11 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         GradPursuitError: whatever the run itself would refuse of configuration, data and model.
     """
+    check(config)
     run = Run(config)
     sample = _sample(run)
+    if sample.scale == 1:
+        run.budget(sample.pool)
     step = _step_seconds(run, sample)
     stages = {
         "data": Cost(sample.seconds, int(sum(map(_row_bytes, sample.pool)) * sample.scale)),

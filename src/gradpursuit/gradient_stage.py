@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from gradpursuit.trajectory.checkpoint import Checkpoint
 
 logger = logging.getLogger("gradpursuit")
+_NAMED = 5  # damaged shards of one store that are named
 
 
 @dataclass(frozen=True)
@@ -70,23 +73,36 @@ def splits(run: Run) -> list[Split]:
 def collect_gradients(run: Run) -> dict[str, Any]:
     """The stage."""
     made = splits(run)
-    collect(run, made)
-    dropped = {
-        split.name: len(split.table) - len(kept) for split in made if (kept := kept_rows(run, split)) is not None
-    }
-    for name, count in dropped.items():
-        if count:
-            logger.warning("%d rows of the %s have no gradient and are left out", count, name)
+    dropped = collect(run, made)
     return {"features": [kind.label for kind in made[-1].kinds], "dropped": dropped}
 
 
-def collect(run: Run, wanted: Sequence[Split]) -> None:
-    """Compute the features of splits, one after the other, along the trajectory of a run."""
+def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
+    """Compute the features of splits, one after the other, along the trajectory of a run.
+
+    Rows without a feature are listed, with the reason, in `dropped.jsonl` beside the stores.
+
+    Returns:
+        How many rows were dropped, by split and reason.
+    """
+    from gradpursuit.data import drop_record
+    from gradpursuit.files import write_text
+
     if not any(split.kinds for split in wanted):
-        return
+        return {}
+    records: dict[Path, list[dict[str, Any]]] = {split.folder.parent: [] for split in wanted}
     with collector(run) as made:
         for split in wanted:
-            made.collect(split.name, split.table, split.kinds, split.folder)
+            stores = made.collect(split.name, split.table, split.kinds, split.folder)
+            dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
+            for row, reason in sorted(dropped.items()):
+                records[split.folder.parent].append(drop_record(split.name, split.table[row], reason))
+    for folder, lines in records.items():
+        write_text(folder / "dropped.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    reasons = Counter(f"{line['split']}: {line['reason']}" for lines in records.values() for line in lines)
+    for reason, count in reasons.items():
+        logger.warning("no gradient for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
+    return dict(reasons)
 
 
 @contextmanager
@@ -162,6 +178,18 @@ def kept_rows(run: Run, split: Split) -> Any:
     return reduce(np.intersect1d, kept) if kept else None
 
 
+def choosable(run: Run) -> Any:
+    """Positions in the pool's table of the rows that can be chosen: with features, and no repetition of the target."""
+    import numpy as np
+
+    kept = kept_rows(run, _pool(run))
+    return run.candidates() if kept is None else np.intersect1d(run.candidates(), kept)
+
+
+def _pool(run: Run) -> Split:
+    return Split("pool", run.table("pool"), wanted_features(run)["pool"], run.folder / "gradients" / "pool")
+
+
 def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
     """The selection problem of a run whose gradients are collected, for the target that is chosen for.
 
@@ -176,19 +204,18 @@ def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
 
     from gradpursuit.selection import SelectionProblem
 
-    wanted = wanted_features(run)
-    pool = Split("pool", run.table("pool"), wanted["pool"], run.folder / "gradients" / "pool")
+    wanted, candidates = wanted_features(run), choosable(run)
+    pool = _pool(run)
     own = run.target_folder / "gradients" / "target"
     target = Split("target", run.target_table("target"), wanted["target"], own)
-    kept = {split.name: kept_rows(run, split) for split in (pool, target)}
-    candidates = run.candidates() if kept["pool"] is None else np.intersect1d(run.candidates(), kept["pool"])
+    kept = kept_rows(run, target)
     sources = [row.source for row in target.table]
-    if kept["target"] is not None:
-        sources = [sources[i] for i in kept["target"].tolist()]
+    if kept is not None:
+        sources = [sources[i] for i in kept.tolist()]
     return SelectionProblem(
         ids=[pool.table[i].id for i in candidates.tolist()],
         pool=_features(run, pool, candidates),
-        target=_features(run, target, kept["target"]),
+        target=_features(run, target, kept),
         groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
         rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
         gradients=run.config.gradients,
@@ -249,4 +276,10 @@ def store_problems(run: Run, split: Split) -> list[str]:
         stores: Mapping[Any, GradientStore] = split.stores(run)
     except StoreError as error:
         return [str(error)]
-    return [f"{found.path}: {found.reason}" for store in stores.values() for found in store.verify()]
+    found = {store.folder: store.verify() for store in stores.values()}
+    lines = []
+    for folder, problems in found.items():
+        lines += [f"{problem.path}: {problem.reason}" for problem in problems[:_NAMED]]
+        if len(problems) > _NAMED:
+            lines.append(f"{folder}: and {len(problems) - _NAMED} more shards like these")
+    return lines

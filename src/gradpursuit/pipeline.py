@@ -114,6 +114,8 @@ class Run:
             reason = "settings or inputs have" if state == "outdated" else "a file of it is missing or has"
             mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
             logger.warning("%s: %s changed, %s", stage.name, reason, mend)
+        if stage.check:
+            stage.check(self)
         if stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished"):
             for path in self._paths(stage.owns):
                 shutil.rmtree(path, ignore_errors=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.errors import SelectionError
 from gradpursuit.gradient_stage import (
+    choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
@@ -40,6 +41,7 @@ class Stage:
             the same inputs and settings, or "always" (they know what they belong to).
         intact: whether complete outputs are still what they were (told to be quick, by name and size); None: their
             sha256 is compared.
+        check: refuses, before anything is changed, what it could not do.
         plan: what it is going to write, for whoever looks on from outside.
     """
 
@@ -51,6 +53,7 @@ class Stage:
     work: Callable[[Run], dict[str, Any]]
     keep: Literal["never", "unfinished", "always"] = "never"
     intact: Callable[[Run, bool], bool] | None = None
+    check: Callable[[Run], None] | None = None
     plan: Callable[[Run], dict[str, Any]] | None = None
 
 
@@ -82,17 +85,23 @@ def _trajectory(run: Run) -> dict[str, Any]:
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
 
 
-def _selection(run: Run) -> dict[str, Any]:
-    from gradpursuit.selection.export import write_selection
-
-    pool, (problem, candidates) = run.table("pool"), load_problem(run)
-    k, seconds = run.budget(pool), {}
+def _check_budget(run: Run) -> None:
+    """The rows that can be chosen must suffice."""
+    pool, candidates = run.table("pool"), choosable(run)
+    k = run.budget(pool)
     if k > len(candidates):
         raise SelectionError(
             f"selection.k = {k}, but only {len(candidates)} of the {len(pool)} examples of the pool can be chosen for "
             f"target '{run.config.selection.target or 'target'}': the others repeat its rows or have no gradient; "
             "choose a smaller k"
         )
+
+
+def _selection(run: Run) -> dict[str, Any]:
+    from gradpursuit.selection.export import write_selection
+
+    pool, (problem, candidates) = run.table("pool"), load_problem(run)
+    k, seconds = run.budget(pool), {}
     for strategy in run.strategies():
         start = time.monotonic()
         draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
@@ -179,7 +188,15 @@ STAGES = (
         intact=gradients_intact,
         plan=gradients_plan,
     ),
-    Stage("selection", "select", ("selection",), (), ("pursuit", "selection", "evaluation.seeds"), _selection),
+    Stage(
+        "selection",
+        "select",
+        ("selection",),
+        (),
+        ("pursuit", "selection", "evaluation.seeds"),
+        _selection,
+        check=_check_budget,
+    ),
     Stage("export", "export", (), (EACH,), (), _export),
     Stage("evaluation", "compare", ("evaluation",), (), ("evaluation",), _evaluation, keep="unfinished"),
     Stage("report", "compare", (), ("report.html", "report.json"), (), _report),

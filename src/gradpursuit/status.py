@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.errors import RunError
+from gradpursuit.errors import GradPursuitError
 from gradpursuit.gradient_stage import gradient_rows
 from gradpursuit.live import read_progress
 from gradpursuit.lock import Owner, holder
@@ -97,7 +97,7 @@ def read_status(run: Run) -> RunStatus:
             try:
                 fingerprint = run.fingerprint_of(stage, fingerprint)
                 state = run.state(stage, fingerprint)
-            except RunError as error:  # an input is gone: what was made of it cannot be compared with it
+            except GradPursuitError as error:  # an input is gone: what was made of it cannot be compared with it
                 note = str(error)
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed

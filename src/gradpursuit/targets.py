@@ -13,13 +13,14 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.config import target_name
-from gradpursuit.errors import ConfigError, RunError
+from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json, sha256_of
 from gradpursuit.manifest import Manifest, State, digest_of
 
@@ -109,10 +110,13 @@ class Target:
 
     def describe(self) -> dict[str, Any]:
         """Name, state, rows and files, as JSON values."""
-        detail = self.manifest.entry("data").get("detail", {})
+        try:
+            detail = self.manifest.entry("data").get("detail", {})
+        except RunError:
+            return {"name": self.name, "state": "damaged", "rows": {}, "left_out": 0, "features": [], "files": {}}
         try:
             state = self.state()
-        except RunError:  # an input of the run is gone: what was made of it cannot be compared with it
+        except GradPursuitError:  # an input of the run is gone: what was made of it cannot be compared with it
             state = "outdated"
         return {
             "name": self.name,
@@ -127,7 +131,10 @@ class Target:
 def targets(run: Run) -> Iterator[Target]:
     """The targets that were added to a run, by name."""
     for path in sorted((run.folder / "targets").glob("*/manifest.json")):
-        yield Target(run, path.parent.name)
+        try:
+            yield Target(run, path.parent.name)
+        except ConfigError as error:
+            logger.warning("%s: %s; it is passed over", path.parent, error)
 
 
 def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False) -> Target:
@@ -146,17 +153,40 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
                 f"({', '.join(path for hashes in target.inputs.values() for path in hashes)}); "
                 "choose another name, or give --replace"
             )
-        fingerprints = target.fingerprints(files.hashes)
-        for stage, work in (("data", _clean), ("gradients", _collect)):
-            state = target.manifest.state(stage, fingerprints[stage])
-            if state == "complete":
-                logger.info("target %s: %s complete, nothing to do", name, stage)
-                continue
-            start = time.monotonic()
-            detail = work(run, target, files, fingerprints[stage])
-            outputs = sorted(path for path in (target.folder / stage).rglob("*") if path.is_file())
-            target.manifest.complete(stage, time.monotonic() - start, detail, outputs)
+        with _kept_until_replaced(target) if replace else nullcontext():
+            _make(run, target, files)
     return target
+
+
+@contextmanager
+def _kept_until_replaced(target: Target) -> Iterator[None]:
+    """What is there under the target's name comes back if the block fails."""
+    aside = target.folder.parent.with_name(f".replaced-{target.name}")
+    if target.folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(target.folder, aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            shutil.rmtree(target.folder, ignore_errors=True)
+            aside.rename(target.folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _make(run: Run, target: Target, files: TargetFiles) -> None:
+    """Both stages, as far as they are not complete."""
+    fingerprints = target.fingerprints(files.hashes)
+    for stage, work in (("data", _clean), ("gradients", _collect)):
+        state = target.manifest.state(stage, fingerprints[stage])
+        if state == "complete":
+            logger.info("target %s: %s complete, nothing to do", target.name, stage)
+            continue
+        start = time.monotonic()
+        detail = work(run, target, files, fingerprints[stage])
+        outputs = sorted(path for path in (target.folder / stage).rglob("*") if path.is_file())
+        target.manifest.complete(stage, time.monotonic() - start, detail, outputs)
 
 
 def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gradpursuit.errors import GradPursuitError
+from gradpursuit.errors import ConfigError, GradPursuitError, StoreError
 from gradpursuit.gradient_stage import Split, collector, splits, store_problems, wanted_features
 from gradpursuit.gradients.recompute import Difference, recompute, worst
 from gradpursuit.pipeline import Run
-from gradpursuit.stages import STAGES
+from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import targets
 
 EXACT, ROUNDED = (
@@ -40,19 +40,24 @@ class Verification:
 def verify(run: Run, sample: int = 8) -> Verification:
     """Check every sha256 of a run, find missing rows, and compute `sample` rows of every split again, one by one.
 
-    Nothing is written. Stores in which something is missing or changed are not computed again.
+    Nothing is written. What is damaged is not computed again, nor is anything when data or trajectory are.
 
     Raises:
-        GradPursuitError: the model or the trajectory cannot be read.
+        ConfigError: `sample` is negative.
+        GradPursuitError: the model cannot be read.
     """
-    problems = list(_stage_problems(run))
-    sound = []
-    for split in _splits(run):
-        found = store_problems(run, split)
-        problems += found
-        if split.kinds and not found:
-            sound.append(split)
-    checks = [] if not sound else _recompute(run, sound, sample)
+    if sample < 0:
+        raise ConfigError(f"--sample {sample}: the number of rows to compute again cannot be negative")
+    found = {stage.name: list(_stage_problems(run, stage)) for stage in STAGES}
+    problems = [problem for lines in found.values() for problem in lines]
+    sound: list[Split] = []
+    if not found["data"] and not found["trajectory"]:
+        for split in _splits(run, problems):
+            damaged = store_problems(run, split)
+            problems += damaged
+            if split.kinds and not damaged:
+                sound.append(split)
+    checks = _recompute(run, sound, sample, problems) if sound and sample else []
     allowed = ROUNDED if run.compute.autocast else EXACT
     for check in checks:
         if not check.worst.lost <= allowed + STORED[check.dtype]:
@@ -64,42 +69,54 @@ def verify(run: Run, sample: int = 8) -> Verification:
     return Verification(problems, checks)
 
 
-def _stage_problems(run: Run) -> Iterator[str]:
-    """Stages that are not complete for the run as it is configured, and files of theirs that changed."""
-    fingerprint = ""
-    for stage in STAGES:
-        fingerprint = run.fingerprint_of(stage, fingerprint)
-        state = run.manifest.state(stage.name, fingerprint)
-        if state == "damaged":
-            for name in run.manifest.changed(stage.name):
-                path, again = run.folder / name, f"gradpursuit {stage.verb} {run.folder}"
-                yield f"{path}: missing, or not what '{stage.name}' wrote; run `{again}`"
-        elif state != "complete":
-            yield f"{run.folder}: stage '{stage.name}' is {state}; run `gradpursuit {stage.verb} {run.folder}`"
+def _stage_problems(run: Run, stage: Stage) -> Iterator[str]:
+    """Whether a stage is complete for the run as it is configured, and files of it that changed."""
+    try:
+        state = run.manifest.state(stage.name, run.fingerprint(stage.name))
+    except GradPursuitError as error:
+        yield str(error)
+        return
+    if state == "damaged":
+        for name in run.manifest.changed(stage.name):
+            path, again = run.folder / name, f"gradpursuit {stage.verb} {run.folder}"
+            yield f"{path}: missing, or not what '{stage.name}' wrote; run `{again}`"
+    elif state != "complete":
+        yield f"{run.folder}: stage '{stage.name}' is {state}; run `gradpursuit {stage.verb} {run.folder}`"
 
 
-def _splits(run: Run) -> Iterator[Split]:
-    """The run's own target and pool, as far as their rows can be read, and the targets that were added."""
+def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
+    """The run's own target and pool, and the targets that were added; what is wrong with those goes to `problems`."""
     from gradpursuit.data import Table
 
-    if not run.manifest.has_finished("data") or not run.manifest.has_finished("trajectory"):
-        return
-    try:
-        yield from splits(run)
-    except GradPursuitError:
-        return  # told as a changed file of the data stage
+    yield from splits(run)
     for target in targets(run):
-        table = Table.read(target.folder / "data" / "target.parquet")
+        try:
+            state = target.state()
+            changed = [
+                target.folder / name for stage in ("data", "gradients") for name in target.manifest.changed(stage)
+            ]
+            if state != "complete":
+                named = ", ".join(map(str, changed)) or "its stages"
+                problems.append(f"target '{target.name}' is {state} ({named}); run `{target.command()}`")
+                continue
+            table = Table.read(target.folder / "data" / "target.parquet")
+        except GradPursuitError as error:
+            problems.append(str(error))
+            continue
         folder = target.folder / "gradients" / "target"
         yield Split(f"target '{target.name}'", table, wanted_features(run)["target"], folder)
 
 
-def _recompute(run: Run, sound: list[Split], sample: int) -> list[StoreCheck]:
+def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -> list[StoreCheck]:
     checks = []
     with collector(run) as made:
         for split in sound:
             stores = split.stores(run)
-            found = recompute(made, f"the {split.name}", split.table, stores, sample, run.seed("verify"))
+            try:
+                found = recompute(made, f"the {split.name}", split.table, stores, sample, run.seed("verify"))
+            except StoreError as error:
+                problems.append(str(error))
+                continue
             for kind, store in stores.items():
                 differences = found[kind.label]
                 name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "")

@@ -91,6 +91,30 @@ class Collector:
             for s in range(len(shards))
             if (lacking := [kind for kind, store in stores.items() if not store.has(t, s)])
         }
+        finished = [
+            store.read(t, s).dropped
+            for t in range(len(self._checkpoints))
+            for s in range(len(shards))
+            for kind, store in stores.items()
+            if kind not in todo.get((t, s), ())
+        ]
+        dropped = {row: why for part in finished for row, why in part.items()}
+        self._refuse_too_many(table, stores, dropped)
+        if todo:
+            self._compute(name, table, stores, todo, dropped)
+        self._settle(table, stores)
+        return {kind.label: store for kind, store in stores.items()}
+
+    def _compute(
+        self,
+        name: str,
+        table: Table,
+        stores: Mapping[Preconditioner, GradientStore],
+        todo: Mapping[tuple[int, int], list[Preconditioner]],
+        dropped: dict[int, str],
+    ) -> None:
+        """Fill the shards `todo`, (checkpoint, shard) to the preconditioners whose stores lack it; add to `dropped`."""
+        shards = next(iter(stores.values())).spec.shards()
         total = len(table) * len(self._checkpoints)
         done = total - sum(len(shards[s]) for _, s in todo)
         with Progress(f"gradients of the {name}", total, "rows", done) as progress:
@@ -104,9 +128,8 @@ class Collector:
                     for kind, shard in zip(lacking, _as_shards(found, shards[s]), strict=True):
                         stores[kind].write(t, s, shard)
                     if found.dropped:
-                        self._refuse_too_many(table, stores)
-        self._settle(table, stores)
-        return {kind.label: store for kind, store in stores.items()}
+                        dropped.update({shards[s][i]: reason for i, reason in found.dropped.items()})
+                        self._refuse_too_many(table, stores, dropped)
 
     def at(self, checkpoint: int, wanted: Sequence[Preconditioner]) -> FeatureEngine:
         """The engine at a checkpoint (from 0), set to compute features of `wanted`."""
@@ -118,21 +141,24 @@ class Collector:
 
     def _settle(self, table: Table, stores: Mapping[Preconditioner, GradientStore]) -> None:
         """All checkpoints of all stores must hold the same rows."""
-        dropped = self._refuse_too_many(table, stores)
+        dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
+        self._refuse_too_many(table, stores, dropped)
         for store in stores.values():
             store.exclude(dropped)
 
-    def _refuse_too_many(self, table: Table, stores: Mapping[Preconditioner, GradientStore]) -> dict[int, str]:
-        """The rows dropped so far, index to reason, if they are few enough."""
-        dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
+    def _refuse_too_many(
+        self, table: Table, stores: Mapping[Preconditioner, GradientStore], dropped: Mapping[int, str]
+    ) -> None:
+        """The rows dropped so far, index to reason, must be few enough."""
         if len(dropped) <= self._spec.max_dropped * len(table):
-            return dropped
+            return
         named = [(table[i], dropped[i]) for i in sorted(dropped)]
         some = ", ".join(f"'{row.id}' ({reason})" for row, reason in named[:5])
         advice = (
             "every row so far is affected, so look at the model's weights and at warmup.learning_rate"
-            if len(dropped) >= self._spec.shard_rows and sorted(dropped) == list(range(len(dropped)))
-            else "remove these rows, try model.precision: float32, or raise gradients.max_dropped"
+            if len(dropped) == _rows_seen(next(iter(stores.values())))
+            else "remove these rows, or raise gradients.max_dropped"
+            + (", or try model.precision: float32" if self._precision != "float32" else "")
         )
         raise GradientError(
             f"{len(dropped)} of {len(table)} rows have no gradient, more than gradients.max_dropped = "
@@ -151,6 +177,14 @@ class Collector:
             folder,
             StoreSpec(tuple(table.ids), len(self._checkpoints), spec.dim, spec.dtype, spec.shard_rows, origin),
         )
+
+
+def _rows_seen(store: GradientStore) -> int:
+    """Rows of the shards that are there at any checkpoint."""
+    checkpoints = range(store.spec.checkpoints)
+    return sum(
+        len(rows) for s, rows in enumerate(store.spec.shards()) if any(store.path(t, s).exists() for t in checkpoints)
+    )
 
 
 def identity(table: Table, kind: Preconditioner) -> dict[str, Any]:

@@ -64,16 +64,13 @@ def cost_table(costs: Mapping[str, tuple[float, int]], full_training: float) -> 
     return table
 
 
-def checks_table(checks: Sequence[StoreCheck]) -> Table:
-    """Stores whose rows were computed again, with the one that differs most."""
-    table = Table(title="Features computed again, one row at a time")
-    for name in ("store", "type", "rows", "worst 1 - cos", "of"):
-        table.add_column(name, justify="right" if name in ("rows", "worst 1 - cos") else "left", no_wrap=name != "of")
-    for check in checks:
-        found = check.worst
-        where = f"{found.id}, checkpoint {found.checkpoint}"
-        table.add_row(check.store, check.dtype, str(check.rows), f"{found.lost:.1e}", where)
-    return table
+def check_line(check: StoreCheck) -> str:
+    """A store whose rows were computed again, with the one that differs most."""
+    found = check.worst
+    return (
+        f"{check.store} ({check.dtype}): {check.rows} rows computed again one by one, worst 1 - cos {found.lost:.1e} "
+        f"('{found.id}' at checkpoint {found.checkpoint})"
+    )
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from gradpursuit.data import Row
+from gradpursuit.errors import TrajectoryError
 from gradpursuit.progress import Progress
 from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute
@@ -87,6 +88,12 @@ class SupervisedTrainer(Trainer):
         """Mean over the batch of weight × mean negative log-likelihood of the supervised tokens."""
         nll, _tokens = self._loss(inputs)
         loss = (inputs["weight"].to(nll.device) * nll).mean()
+        if model.training and not loss.isfinite():
+            raise TrajectoryError(
+                f"the training loss is {loss.item():g} at step {self.state.global_step + 1}: training has diverged, or "
+                "the model's weights or a row are broken; lower warmup.learning_rate or evaluation.learning_rate, or "
+                "try model.precision: float32"
+            )
         return (loss, {}) if return_outputs else loss
 
 
