@@ -293,3 +293,23 @@ def _refused(base: Any, **options: Any) -> str:
 def test_other_adapters_are_refused(tiny: Any, options: dict[str, Any], named: str) -> None:
     base = tiny.base("qwen2")
     assert named in _refused(base, **options) or named == "bias"
+
+
+def test_nothing_of_a_batch_stays_in_memory(tiny: Any) -> None:
+    """The graph of a pass refers to what the pass keeps: kept tensors would keep the whole graph, batch after batch."""
+    import gc
+    import weakref
+
+    model = tiny.lora("llama")
+    seen: list[weakref.ref[Tensor]] = []
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.register_forward_hook(lambda _module, args, _output: seen.append(weakref.ref(args[0])))
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _module, args: seen.append(weakref.ref(args[0])))
+    half = Compute(torch.device("cpu"), torch.bfloat16)
+    with PerExampleGradients(model, torch.bfloat16).capture(lambda *_: None):
+        losses, _ = SupervisedLoss(model, half)(collate(tiny.rows([9, 4]), 0))
+        losses.sum().backward()
+    assert len(seen) == 4
+    del losses
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 4

@@ -55,6 +55,7 @@ class PerExampleGradients:
             yield
             pass_.finish()
         finally:
+            pass_.release()
             for module, forward in replaced.items():
                 if forward is None:
                     module.__dict__.pop("forward", None)
@@ -91,6 +92,11 @@ class _Pass:
         """Hand over what waited for a use of its module that has no part in the loss."""
         for name, gradient in self._sums.items():
             self._consumer(name, gradient)
+
+    def release(self) -> None:
+        """Let go of tensors: the graph that they belong to refers back to this object."""
+        self._cast = None
+        self._sums.clear()
 
     def _as(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in another dtype; layers that read the same input one after the other share the copy."""
