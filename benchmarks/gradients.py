@@ -262,12 +262,10 @@ def peak_memory(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def memory_of_one(arguments: argparse.Namespace) -> int:
-    """Peak resident bytes of a collection beyond those of the model and the largest batch's forward and backward."""
+    """Peak resident bytes of a collection beyond those of the model and one batch's forward and backward pass."""
     world = build(arguments)
     rows = [Row(f"{row.id}-{copy}", *_rest(row)) for copy in range(arguments.memory) for row in world.rows]
-    with_adapter(
-        World(world.model, world.compute, world.batches(True)[-1], world.state, world.budget), world.compute, True
-    )
+    with_adapter(world, world.compute, by_length=True)  # one batch at a time: the largest counts
     before = _peak()
     with tempfile.TemporaryDirectory() as folder:
         world.collect(rows, Path(folder))
