@@ -142,9 +142,12 @@ def test_warm_up_killed_at_any_moment(server: Server, warm: Path, tiny_path: Pat
 def test_a_second_process_is_refused_and_told_of_the_first(server: Server, warm: Path, folder: Path) -> None:
     command = server.start(["collect", str(folder)], folder.parent / "first.txt")
     wait_until(command, shard(folder, "pool/adam-symmetric", 1, 2))
-    time.sleep(1.1)  # progress is told once a second
     command.signal(signal.SIGSTOP)
     try:
+        time.sleep(1.1)  # progress is told once a second: at the next batch, now, however fast the machine
+        command.signal(signal.SIGCONT)
+        wait_until(command, lambda: json.loads((folder / "progress.json").read_text())["done"] >= 6 + 12)
+        command.signal(signal.SIGSTOP)
         before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
         refusals = [
             done(server, arguments, folder.parent)
