@@ -264,11 +264,11 @@ def peak_memory(arguments: argparse.Namespace) -> dict[str, int]:
 def memory_of_one(arguments: argparse.Namespace) -> int:
     """Peak resident bytes of a collection beyond those of the model and one batch's forward and backward pass."""
     world = build(arguments)
-    rows = [Row(f"{row.id}-{copy}", *_rest(row)) for copy in range(arguments.memory) for row in world.rows]
-    with_adapter(world, world.compute, by_length=True)  # one batch at a time: the largest counts
+    world.rows = [Row(f"{row.id}-{copy}", *_rest(row)) for copy in range(arguments.memory) for row in world.rows]
+    with_adapter(world, world.compute, by_length=True)  # the same batches, one at a time: the largest counts
     before = _peak()
     with tempfile.TemporaryDirectory() as folder:
-        world.collect(rows, Path(folder))
+        world.collect(world.rows, Path(folder))
     return _peak() - before
 
 
