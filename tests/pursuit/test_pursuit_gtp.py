@@ -97,8 +97,8 @@ def test_paths_weights_and_optimality(alpha):
         assert found.kkt_ <= 1e-8
         contribution = w[S] * np.linalg.norm(A[:, S], axis=0)
         assert (np.diff(contribution) <= 0).all()
-        assert found.path_[-1].objective == found.objective_path_[-1]
-        assert [step.iteration for step in found.path_] == list(range(len(found.path_)))
+        assert found.steps_[-1].objective == found.objective_path_[-1]
+        assert [step.iteration for step in found.steps_] == list(range(len(found.steps_)))
         np.testing.assert_allclose(found.predict(A), A @ w, atol=1e-12)
 
 
@@ -188,7 +188,7 @@ def test_layers_by_hand():
     assert found.copies_ == {5: 1}
     assert found.stop_reason_ == ["no positive correlation"] * 5
     np.testing.assert_allclose(found.residual_path_, [1, np.sin(np.deg2rad(10))])
-    assert [step.layer for step in found.path_] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert [step.layer for step in found.steps_] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert len(GradientTrajectoryPursuit(2, alpha=0.0).fit(A, np.array([2.0, 0.0])).support_) == 2
 
 
@@ -224,7 +224,7 @@ def test_each_layer_matches_the_target_on_its_own():
             wide = np.vstack([A[:, S], np.sqrt(ridge) * np.eye(len(S))])
             expected, _ = scipy_nnls(wide, np.append(b, np.zeros(len(S))))
             np.testing.assert_allclose(found.coef_[S], expected, atol=1e-8)
-            last = [step for step in found.path_ if step.layer == layer][-1]
+            last = [step for step in found.steps_ if step.layer == layer][-1]
             norm = np.linalg.norm(A[:, S] @ expected - b)
             assert last.relative_residual == pytest.approx(norm / np.linalg.norm(b), abs=1e-9)
             assert last.support_size == len(S)
@@ -300,6 +300,8 @@ def test_estimator_conventions():
         "tol": 1e-3,
         "saturation": "stop",
         "max_coherence": None,
+        "targets": "mean",
+        "warm_start": False,
     }
     assert made.get_params() == parameters
     A, b = low_rank(0)
@@ -315,7 +317,7 @@ def test_progress_is_logged(caplog):
     A, b = low_rank(0)
     with caplog.at_level(logging.INFO, logger="gradpursuit"):
         found = GradientTrajectoryPursuit(10).fit(A, b)
-    assert len(caplog.records) == len(found.path_)
+    assert len(caplog.records) == len(found.steps_)
 
 
 @pytest.mark.parametrize("estimator", [GradientTrajectoryPursuit, NonNegativeOMP])
@@ -327,7 +329,7 @@ def test_progress_is_logged(caplog):
         (4, np.eye(3), np.ones(3), "only 3 examples"),
         (1, np.eye(3), np.zeros(3), "target gradient is zero"),
         (1, np.eye(3), np.ones(4), r"shape \(4,\)"),
-        (1, np.eye(3), np.ones((3, 1)), r"shape \(3, 1\)"),
+        (1, np.eye(3), np.ones((3, 1, 1)), r"shape \(3, 1, 1\)"),
         (1, np.eye(3), np.array([1.0, np.nan, 0.0]), "nan at index 1"),
         (1, np.diag([1.0, np.inf, 1.0]), np.ones(3), "first is atom 1"),
         (1, np.ones(3), np.ones(3), r"shape \(3,\)"),

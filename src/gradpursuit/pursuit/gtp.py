@@ -8,19 +8,15 @@ from typing import Any
 import numpy as np
 
 from gradpursuit.errors import PursuitError, nearest
-from gradpursuit.pursuit.base import (
-    MATCHED,
-    Layer,
-    PursuitProblem,
-    PursuitRegressor,
-    SupportFit,
-    record,
-    require_count,
-)
-from gradpursuit.pursuit.candidates import CandidatePool
-from gradpursuit.pursuit.matrix import IntArray
+from gradpursuit.pursuit.base import PursuitRegressor, require_count
+from gradpursuit.pursuit.joined import JoinedMatrix
+from gradpursuit.pursuit.loop import Callback, Pursuit, Steps
+from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
+from gradpursuit.pursuit.path import share_out
+from gradpursuit.pursuit.problem import PursuitProblem, SupportFit
 
 _SATURATION = ("layers", "stop")
+_TARGETS = ("mean", "balanced", "split")
 
 
 class GradientTrajectoryPursuit(PursuitRegressor):
@@ -34,8 +30,8 @@ class GradientTrajectoryPursuit(PursuitRegressor):
 
     Parameters
     ----------
-    n_nonzero_coefs : int
-        The budget k, 1 ≤ k ≤ N.
+    n_nonzero_coefs : int or None
+        The budget k, 1 ≤ k ≤ N. None: a tenth of N.
     alpha : float
         Ridge, relative: λ = alpha × the mean squared norm of the atoms. 0 matches the gradient; a large alpha
         approaches the k largest correlations.
@@ -53,6 +49,14 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Atoms with a cosine of at least this are copies; one of them may be chosen, the one already in the
         support or else the one of lowest id, and the others are set aside for all layers. Copies never fill
         a budget. None: copies are not looked for.
+    targets : {"mean", "balanced", "split"}
+        What to do with several targets, y [D, q]. "mean": pursue their mean. "balanced": pursue all of them, each
+        divided by its length, with one shared support; atoms are scored by the root of the sum of their squared positive
+        correlations, and the weight of an atom is the mean of its weights for each target. "split": pursue each on its
+        own with its share of the budget; the union may be smaller than k, and weights are averaged.
+    warm_start : bool
+        Whether `fit` begins from the layers of the fit before (for the same atoms and a larger k, another alpha or a
+        changed target), instead of from nothing. For new atoms see :meth:`extend`.
 
     Attributes
     ----------
@@ -62,18 +66,22 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Chosen ids, m ≤ k: by layer, then by falling contribution x_i‖a_i‖, ties by id.
     layers_ : int64 [m]
         Layer of each chosen id, from 1.
+    path_ : BudgetPath
+        The subsets for every budget up to k: ``path_[j].support``, ``path_[j].weights``.
     residual_path_, objective_path_ : float64 [accepted iterations of layer 1, plus one]
-        ‖b − A w‖/‖b‖ and the objective, from w = 0 on.
-    path_ : list of PathRecord
-        (layer, iteration, support_size, relative_residual, objective) after each accepted iteration of
-        each layer.
+        ‖b − A w‖/‖b‖ and the objective, from w = 0 (or the warm start) on.
+    steps_ : list of PursuitStep
+        (layer, iteration, support_size, relative_residual, objective, seconds, bytes_read) after each accepted
+        iteration of each layer.
+    group_residuals_ : float64 [q]
+        With y [D, q]: ‖b_h − A w_h‖/‖b_h‖ for the best weights w_h that the first layer's atoms have for target h alone.
     kkt_ : float
         Largest violation of the optimality conditions on the support of a layer, relative (see `nnls`).
     n_iter_ : int
         Passes over the matrix made to correlate, in all layers, with those that led to no further step.
     stop_reason_ : list of str
         Why each layer ended: "converged" (with its whole budget), "saturated" (with fewer), "target matched",
-        "no positive correlation" or "iteration limit". If the pool was exhausted before k were chosen the
+        "no positive correlation", "iteration limit" or "interrupted". If the pool was exhausted before k were chosen the
         last entry, "no positive correlation", belongs to the layer that could not begin.
     copies_ : dict of int to int
         Each id that was set aside -> the id it is a copy of.
@@ -91,13 +99,15 @@ class GradientTrajectoryPursuit(PursuitRegressor):
 
     def __init__(
         self,
-        n_nonzero_coefs: int,
+        n_nonzero_coefs: int | None = None,
         *,
         alpha: float = 0.3,
         max_iter: int = 50,
         tol: float = 1e-6,
         saturation: str = "layers",
         max_coherence: float | None = 0.999,
+        targets: str = "mean",
+        warm_start: bool = False,
     ) -> None:
         self.n_nonzero_coefs = n_nonzero_coefs
         self.alpha = alpha
@@ -105,68 +115,99 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         self.tol = tol
         self.saturation = saturation
         self.max_coherence = max_coherence
+        self.targets = targets
+        self.warm_start = warm_start
 
-    def fit(self, X: Any, y: Any) -> GradientTrajectoryPursuit:
-        """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for the target y [D].
+    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> GradientTrajectoryPursuit:
+        """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for y [D] or several targets [D, q].
+
+        callback: called after every accepted iteration with its :class:`PursuitStep` and the ids of the support.
+        KeyboardInterrupt, from Ctrl-C or from the callback, ends the pursuit with the best support so far and the stop
+        reason "interrupted".
 
         Raises :class:`PursuitError` if a parameter is out of range, k > N, y is zero, or X or y is not finite
         or does not fit. A target that no atom correlates with is an outcome, not an error: an empty support.
         """
+        matrix = as_matrix(X)
+        starts = self._starts() if self.warm_start else []
+        if starts and self.n_features_in_ != matrix.shape[1]:
+            raise PursuitError(
+                f"X has {matrix.shape[1]} columns and the fit to begin from had {self.n_features_in_}. A warm start needs "
+                "the same pool; for new examples use extend."
+            )
+        return self._fit(matrix, as_vector(y, matrix.shape[0], "the target"), starts, {}, callback)
+
+    def extend(self, X_new: Any, callback: Callback | None = None) -> GradientTrajectoryPursuit:
+        """Go on with new atoms X_new [D, n], which get the ids N, …, N + n − 1; of the old ones, only those chosen are read.
+
+        Each layer begins from its atoms and may exchange them for new ones. The residual is close to, not equal to, that of
+        a fresh `fit` to all atoms, in which old atoms that were not chosen compete again.
+
+        Raises :class:`PursuitError` if nothing was fitted in this process, or X_new does not fit.
+        """
+        if not hasattr(self, "_parts"):
+            raise PursuitError("there is no pursuit to go on with: call fit first, in the same process.")
+        old, new = self._parts[0].problem.matrix, as_matrix(X_new)
+        return self._fit(JoinedMatrix(old, new, read_all=False), self._y, self._starts(), dict(self.copies_), callback)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the matrix that was fitted to, which `extend` and `warm_start` need."""
+        state = dict(super().__getstate__())
+        return {name: value for name, value in state.items() if name not in ("_parts", "_y")}
+
+    def _fit(
+        self,
+        matrix: GradientMatrix,
+        y: Float64Array,
+        starts: list[list[SupportFit]],
+        copies: dict[int, int],
+        callback: Callback | None,
+    ) -> GradientTrajectoryPursuit:
         self._check_own_parameters()
-        problem = self._problem(X, y)
-        pool = problem.pool(self.max_coherence)
-        layers: list[Layer] = []
-        remaining = self.n_nonzero_coefs
-        while remaining > 0:
-            layer = self._pursue(problem, pool, len(layers) + 1, remaining)
-            layers.append(layer)
-            remaining -= len(layer.fit.ids)
-            pool.take(layer.fit.ids)
-            if not len(layer.fit.ids) or self.saturation == "stop":
+        budget = self._budget(matrix)
+        targets = self._split(y)
+        parts: list[Pursuit] = []
+        for number, (share, b) in enumerate(zip(share_out(budget, len(targets)), targets, strict=True)):
+            problem = PursuitProblem(matrix, b, self.alpha, 3 * share)
+            pool = problem.pool(self.max_coherence)
+            pool.set_aside(copies)
+            part = Pursuit(problem, pool, self.max_iter, self.tol, self.saturation, Steps(problem, callback))
+            part.run(share, starts[number] if number < len(starts) else [])
+            parts.append(part)
+            if part.interrupted:
                 break
-        self._publish(problem, layers, [layer.stop_reason for layer in layers], pool.copies)
+        self._publish([(part.problem, part.layers) for part in parts])
+        self.copies_ = {copy: of for part in parts for copy, of in part.pool.copies.items()}
+        self._parts, self._y = parts, y
+        if y.ndim == 2:
+            self.group_residuals_ = self._group_residuals(matrix, y)
         return self
 
     def _check_own_parameters(self) -> None:
         require_count("max_iter", self.max_iter)
-        if self.saturation not in _SATURATION:
-            raise PursuitError(f"saturation is {self.saturation!r}; {nearest(str(self.saturation), _SATURATION)}")
+        for name, known in (("saturation", _SATURATION), ("targets", _TARGETS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise PursuitError(f"{name} is {value!r}; {nearest(str(value), known)}")
         coherence = self.max_coherence
         if coherence is not None and not (isinstance(coherence, Real) and 0 < float(coherence) <= 1):
             raise PursuitError(
                 f"max_coherence is {coherence!r}; it must be a cosine in (0, 1], or None to allow copies."
             )
 
-    def _pursue(self, problem: PursuitProblem, pool: CandidatePool, number: int, budget: int) -> Layer:
-        """One layer: at most `budget` atoms of the pool."""
-        best = problem.empty()
-        path = [record(number, 0, best)]
-        held = best.ids
-        for passes in range(1, self.max_iter + 1):
-            problem.cache.keep(np.concatenate([pool.taken, held]))
-            scores = problem.matrix.correlate(best.residual)
-            candidates = pool.draw(scores, best.ids, 2 * budget, problem.least_score(best))
-            if not candidates.size:
-                return Layer(best, path, passes, "no positive correlation")
-            held = np.concatenate([best.ids, candidates])
-            better = self._improve(problem, best, candidates, budget)
-            if better is None:
-                return Layer(best, path, passes, "converged" if len(best.ids) == budget else "saturated")
-            best = better
-            path.append(record(number, passes, best))
-            if best.relative_residual <= MATCHED:
-                return Layer(best, path, passes, "target matched")
-        return Layer(best, path, self.max_iter, "iteration limit")
+    def _split(self, y: Float64Array) -> list[Float64Array]:
+        """The targets of the pursuits to be made, one after the other."""
+        if y.ndim == 1 or self.targets == "balanced":
+            return [y]
+        return [y.mean(axis=1)] if self.targets == "mean" else list(y.T)
 
-    def _improve(
-        self, problem: PursuitProblem, best: SupportFit, candidates: IntArray, budget: int
-    ) -> SupportFit | None:
-        """Merge, fit, prune, refit; with fewer candidates as long as the objective does not fall."""
-        while candidates.size:
-            merged = np.concatenate([best.ids, candidates])
-            start = np.concatenate([best.weights, np.zeros(candidates.size)])
-            fit = problem.fit(merged, start, budget)
-            if fit.improves(best, self.tol):
-                return fit
-            candidates = candidates[: candidates.size // 2]
-        return None
+    def _starts(self) -> list[list[SupportFit]]:
+        """The layers of the fit before, for each pursuit that was made."""
+        return [[layer.fit for layer in part.layers] for part in getattr(self, "_parts", [])]
+
+    def _group_residuals(self, matrix: GradientMatrix, y: Float64Array) -> Float64Array:
+        ids = self.support_[self.layers_ == 1]
+        problem = PursuitProblem(matrix, y, self.alpha, max(1, len(ids)))
+        problem.held.load(ids)
+        fit = problem.fit(ids, np.repeat(self.coef_[ids, None], y.shape[1], axis=1))
+        return np.linalg.norm(fit.residual, axis=0)

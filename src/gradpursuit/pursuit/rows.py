@@ -43,27 +43,32 @@ class Rows:
             raise PursuitError(f"the shards of {where} have different widths {sorted(widths)}; use one d.")
         self.width = widths.pop()
         self._first = np.cumsum([0, *(len(shard) for shard in self._shards)])
+        self.nbytes = sum(shard.nbytes for shard in self._shards)
         self.dtype = np.dtype(np.float64 if any(s.dtype == np.float64 for s in self._shards) else np.float32)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def dots(self, R: Float64Array) -> Float64Array:
-        """Inner products with each of R [q, d]: float64 [N, q].
+    def dots(self, R: Float64Array, ids: IntArray | None = None) -> Float64Array:
+        """Inner products of each row, or of rows `ids` [n] alone, with each of R [q, d]: float64 [n, q].
 
         Elements are multiplied and summed in float32, 1,024 at a time, then in float64: within 1e-6·‖row‖·‖r‖ of the
         exact product. Rows of float64 are multiplied and summed in float64.
         """
         from gradpursuit.pursuit import kernels
 
-        wide, out = np.ascontiguousarray(R), np.empty((len(self), len(R)))
+        wide = np.ascontiguousarray(R)
+        out = np.empty((len(self) if ids is None else len(ids), len(R)))
         short = wide.astype(np.float32)
 
-        def dot(piece: tuple[slice, NDArray[Any]]) -> None:
-            where, rows = piece
-            kernels.dots(rows, wide if rows.dtype == np.float64 else short, out[where])
+        def dot(task: tuple[NDArray[Any], IntArray, slice | IntArray]) -> None:
+            rows, local, where = task
+            part = out[where] if isinstance(where, slice) else np.empty((len(where), len(R)))
+            kernels.dots(rows, local, wide if rows.dtype == np.float64 else short, part)
+            if not isinstance(where, slice):
+                out[where] = part
 
-        _each(dot, list(self._pieces()))
+        _each(dot, list(self._pieces() if ids is None else self._pieces_of(ids)))
         return out
 
     def squares(self) -> Float64Array:
@@ -71,19 +76,18 @@ class Rows:
         from gradpursuit.pursuit import kernels
 
         out = np.empty(len(self))
-        _each(lambda piece: kernels.squares(piece[1], out[piece[0]]), list(self._pieces()))
+        _each(lambda task: kernels.squares(*task[:2], out[task[2]]), list(self._pieces()))
         return out
 
     def gather(self, ids: IntArray, scale: Float64Array, out: FloatArray) -> None:
         """Rows `ids` [m] times `scale` [m]: into out [m, d], float32 or float64."""
         from gradpursuit.pursuit import kernels
 
-        tasks = [
-            (shard, local[piece], where[piece])
-            for shard, local, where in self._located(ids)
-            for piece in _slices(len(where), out.itemsize * self.width)
-        ]
-        _each(lambda task: kernels.gather(task[0], task[1], scale[task[2]], task[2], out), tasks)
+        def copy(task: tuple[NDArray[Any], IntArray, IntArray]) -> None:
+            rows, local, where = task
+            kernels.gather(rows, local, scale[where], where, out)
+
+        _each(copy, list(self._pieces_of(ids)))
 
     def combine(self, ids: IntArray, weights: Float64Array) -> Float64Array:
         """Sum of the rows `ids` [m] times weights [m]: float64 [d]."""
@@ -100,11 +104,17 @@ class Rows:
         _each(add, list(pairwise(bounds)))
         return total
 
-    def _pieces(self) -> Iterator[tuple[slice, NDArray[Any]]]:
-        """All rows in order, in pieces, as (their places among all rows, the rows)."""
+    def _pieces(self) -> Iterator[tuple[NDArray[Any], IntArray, slice]]:
+        """All rows in order, in pieces, as (shard, places in it, places among all rows)."""
         for first, shard in zip(self._first.tolist(), self._shards, strict=False):
             for piece in _slices(len(shard), shard.itemsize * self.width):
-                yield slice(first + piece.start, first + piece.stop), shard[piece]
+                yield shard, np.arange(piece.start, piece.stop), slice(first + piece.start, first + piece.stop)
+
+    def _pieces_of(self, ids: IntArray) -> Iterator[tuple[NDArray[Any], IntArray, IntArray]]:
+        """The rows `ids` in the order in which they lie, in pieces, as (shard, places in it, places in `ids`)."""
+        for shard, local, where in self._located(ids):
+            for piece in _slices(len(where), shard.itemsize * self.width):
+                yield shard, local[piece], where[piece]
 
     def _located(self, ids: IntArray) -> Iterator[tuple[NDArray[Any], IntArray, IntArray]]:
         """The rows `ids` in the order in which they lie, as (shard, their places in it, their places in `ids`)."""
