@@ -245,7 +245,14 @@ def _gradients(run: Run, sample: Sample) -> Cost:
     tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
     seconds, disk = 0.0, 0
     spec = CollectSpec(
-        settings.dim, settings.nonzeros, 0, settings.tokens_per_batch, settings.store_dtype, settings.shard_rows, 1.0, {}
+        settings.dim,
+        settings.nonzeros,
+        0,
+        settings.tokens_per_batch,
+        settings.store_dtype,
+        settings.shard_rows,
+        1.0,
+        {},
     )
     with tuned_model(run, run.seed("adapter")) as model, tempfile.TemporaryDirectory() as folder, _quiet():
         for name, (table, scale) in tables.items():

@@ -21,7 +21,7 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
 
     n_nonzero_coefs: int | None
     alpha: float
-    tol: float
+    tol: float | None
     path_: BudgetPath
 
     def predict(self, X: Any) -> Float64Array:
@@ -43,7 +43,8 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
     def _budget(self, matrix: GradientMatrix) -> int:
         """Check the parameters common to all pursuits, before any work; the budget k."""
         require_number("alpha", self.alpha, 0.0, "0 is the plain gradient match, 0.3 the usual ridge")
-        require_number("tol", self.tol, 0.0, "it is the relative improvement below which the pursuit ends")
+        if self.tol is not None:
+            require_number("tol", self.tol, 0.0, "it is the relative improvement below which the pursuit ends")
         N = matrix.shape[1]
         if self.n_nonzero_coefs is None:
             return max(1, N // 10)
@@ -68,7 +69,11 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
         layers = [layer for _, layers in parts for layer in layers]
         # A later layer that found no atom left is told by its stop reason; it has no steps.
         self.steps_ = [
-            step for _, made in parts for layer in made if layer is made[0] or len(layer.fit.ids) for step in layer.steps
+            step
+            for _, made in parts
+            for layer in made
+            if layer is made[0] or len(layer.fit.ids)
+            for step in layer.steps
         ]
         first = parts[0][1][0].steps
         self.residual_path_ = np.array([step.relative_residual for step in first])

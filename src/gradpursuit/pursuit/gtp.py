@@ -10,7 +10,7 @@ import numpy as np
 from gradpursuit.errors import PursuitError, nearest
 from gradpursuit.pursuit.base import PursuitRegressor, require_count
 from gradpursuit.pursuit.joined import JoinedMatrix
-from gradpursuit.pursuit.loop import Callback, Pursuit, Steps
+from gradpursuit.pursuit.loop import FINAL, Callback, Pursuit, Steps
 from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
 from gradpursuit.pursuit.path import share_out
 from gradpursuit.pursuit.problem import PursuitProblem, SupportFit
@@ -37,9 +37,9 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         approaches the k largest correlations.
     max_iter : int
         Most passes over the matrix for one layer.
-    tol : float
+    tol : float or None
         The pursuit ends when no step lowers the objective by more than this share of what is left of it, or of
-        what has been gained so far if that is less.
+        what has been gained so far if that is less. None: 1e-6 for budgets up to 682, 1e-3 for larger ones.
     saturation : {"layers", "stop"}
         What to do if fewer than k atoms can have a positive weight. "layers": keep them as layer 1, remove
         them and their copies from the pool, and pursue the same target with the rest of the budget, until
@@ -103,7 +103,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         *,
         alpha: float = 0.3,
         max_iter: int = 50,
-        tol: float = 1e-6,
+        tol: float | None = None,
         saturation: str = "layers",
         max_coherence: float | None = 0.999,
         targets: str = "mean",
@@ -168,10 +168,11 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         targets = self._split(y)
         parts: list[Pursuit] = []
         for number, (share, b) in enumerate(zip(share_out(budget, len(targets)), targets, strict=True)):
-            problem = PursuitProblem(matrix, b, self.alpha, 3 * share)
+            problem = PursuitProblem(matrix, b, self.alpha, share)
             pool = problem.pool(self.max_coherence)
             pool.set_aside(copies)
-            part = Pursuit(problem, pool, self.max_iter, self.tol, self.saturation, Steps(problem, callback))
+            tol = problem.pace.tol if self.tol is None else self.tol
+            part = Pursuit(problem, pool, self.max_iter, tol, self.saturation, Steps(problem, callback))
             part.run(share, starts[number] if number < len(starts) else [])
             parts.append(part)
             if part.interrupted:
@@ -209,5 +210,5 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         ids = self.support_[self.layers_ == 1]
         problem = PursuitProblem(matrix, y, self.alpha, max(1, len(ids)))
         problem.held.load(ids)
-        fit = problem.fit(ids, np.repeat(self.coef_[ids, None], y.shape[1], axis=1))
+        fit = problem.fit(ids, np.repeat(self.coef_[ids, None], y.shape[1], axis=1), None, FINAL)
         return np.linalg.norm(fit.residual, axis=0)

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 # Sums may be regrouped (that is what makes them fast), but NaN and infinity keep their meaning.
 _SUMS = {"reassoc", "contract", "nsz"}
+_SPAN = 4096  # elements of a sum that are worked on at a time
 _CHUNK = 1024  # elements summed in the precision of r before float64 takes over
 _WIDE = {types.int8: types.float32, types.int16: types.float32, types.uint16: types.float32}
 
@@ -87,19 +88,19 @@ def gather(rows: Any, ids: Any, scale: Any, where: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath={"contract"})
-def accumulate(rows: Any, ids: Any, weights: Any, start: int, stop: int, total: Any) -> None:
-    """Add the columns start:stop of the sum of rows `ids` [m] times weights [m] float64 to total [d] float64."""
-    m = len(ids)
-    for left in range(start, stop, _CHUNK):  # so that the sums stay in the nearest cache
-        right = min(left + _CHUNK, stop)
-        part = total[left:right]
+def accumulate(rows: Any, ids: Any, weights: Any, total: Any) -> None:
+    """Add the sum of rows `ids` [m] times weights [m] float64 to total [d] float64."""
+    m, width = len(ids), len(total)
+    for start in range(0, width, _SPAN):  # so that the sums stay in the nearest cache
+        stop = min(start + _SPAN, width)
+        part = total[start:stop]
         for k in range(0, m - m % 4, 4):
-            a, b = rows[ids[k], left:right], rows[ids[k + 1], left:right]
-            c, d = rows[ids[k + 2], left:right], rows[ids[k + 3], left:right]
+            a, b = rows[ids[k], start:stop], rows[ids[k + 1], start:stop]
+            c, d = rows[ids[k + 2], start:stop], rows[ids[k + 3], start:stop]
             w_a, w_b, w_c, w_d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
             for j in range(len(part)):
                 part[j] += (w_a * _widen(a[j]) + w_b * _widen(b[j])) + (w_c * _widen(c[j]) + w_d * _widen(d[j]))
         for k in range(m - m % 4, m):
-            row, weight = rows[ids[k], left:right], weights[k]
+            row, weight = rows[ids[k], start:stop], weights[k]
             for j in range(len(part)):
                 part[j] += weight * _widen(row[j])

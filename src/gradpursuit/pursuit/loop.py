@@ -12,14 +12,15 @@ import numpy as np
 
 from gradpursuit.pursuit.candidates import CandidatePool
 from gradpursuit.pursuit.matrix import IntArray
+from gradpursuit.pursuit.newton import Tolerance
 from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
 logger = logging.getLogger("gradpursuit")
 
-# KKT violations to reach before pruning, after it, and at the end, where no Gram matrix makes the exact solution
-# cheap: which atoms have weight shows long before the weights are exact, and the objective is that of the weights as
-# they are.
-_MERGE, _PRUNED, FINAL = 1e-2, 1e-3, 1e-6
+# Where no Gram matrix makes the exact solution cheap, a refit lowers the violation to a tenth, until the last: which
+# atoms have weight shows long before the weights are exact, and the objective is that of the weights as they are.
+_MERGE = Tolerance(1e-5, 0.1)
+FINAL = Tolerance(1e-6)
 
 
 class PursuitStep(NamedTuple):
@@ -115,17 +116,19 @@ class Pursuit:
         layer = Layer(best, [])
         self.layers.append(layer)
         self.steps.record(layer, len(self.layers), 0)
-        held = best.ids
+        most = max(1, round(self.problem.pace.join * budget))
+        held, count = best.ids, most
         for passes in range(1, self.max_iter + 1):
             self.problem.held.keep(np.concatenate([self.pool.taken, held]))
             layer.n_iter = passes
             scores = self.problem.scores(best)
-            candidates = self.pool.draw(scores, best.ids, 2 * budget, self.problem.least_score(best))
+            candidates = self.pool.draw(scores, best.ids, count, self.problem.least_score(best))
             if not candidates.size:
                 layer.stop_reason = "no positive correlation"
                 return
             held = np.concatenate([best.ids, candidates])
-            better = self._improve(best, candidates, budget)
+            better, merged = self._improve(best, candidates, budget)
+            count = min(most, 2 * merged)
             if better is None:
                 layer.stop_reason = "converged" if len(best.ids) == budget else "saturated"
                 return
@@ -145,25 +148,25 @@ class Pursuit:
         if weights.shape[1] != q:
             weights = np.repeat(weights.mean(axis=1, keepdims=True), q, axis=1)
         self.problem.held.load(ids)
-        return self.problem.fit(ids, weights, budget, (_PRUNED, _PRUNED)) if len(ids) else self.problem.empty()
+        return self.problem.fit(ids, weights, budget, _MERGE) if len(ids) else self.problem.empty()
 
-    def _improve(self, best: SupportFit, candidates: IntArray, budget: int) -> SupportFit | None:
+    def _improve(self, best: SupportFit, candidates: IntArray, budget: int) -> tuple[SupportFit | None, int]:
         """Merge, fit, prune, refit; with fewer candidates as long as the objective does not fall."""
         while candidates.size:
             merged = np.concatenate([best.ids, candidates])
             start = np.concatenate([best.weights, np.zeros((candidates.size, best.weights.shape[1]))])
-            fit = self.problem.fit(merged, start, budget, (_MERGE, _PRUNED))
+            fit = self.problem.fit(merged, start, budget, _MERGE)
             if fit.improves(best, self.tol):
-                return fit
-            candidates = candidates[: candidates.size // 2]
-        return None
+                return fit, candidates.size
+            candidates = candidates[: candidates.size // self.problem.pace.fewer]
+        return None, 0
 
     def _polish(self) -> None:
         """The exact weights of every layer, which the pursuit itself did not need."""
         for layer in self.layers:
-            if layer.fit.kkt > FINAL:
+            if layer.fit.kkt > FINAL.least:
                 self.problem.held.load(layer.fit.ids)
-                layer.fit = self.problem.fit(layer.fit.ids, layer.fit.weights, None, (FINAL, FINAL))
+                layer.fit = self.problem.fit(layer.fit.ids, layer.fit.weights, None, FINAL)
                 layer.steps[-1] = layer.steps[-1]._replace(
                     support_size=len(layer.fit.ids),
                     relative_residual=layer.fit.relative_residual,

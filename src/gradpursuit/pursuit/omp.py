@@ -9,7 +9,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from gradpursuit.pursuit.base import PursuitRegressor
-from gradpursuit.pursuit.loop import Callback, Layer, Steps
+from gradpursuit.pursuit.loop import FINAL, Callback, Layer, Steps
 from gradpursuit.pursuit.matrix import Float64Array, IntArray, as_matrix, as_vector
 from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
@@ -192,7 +192,7 @@ def _refit(
         if (x > 0).all():
             r, kkt = problem.gram.residual(ids, x), problem.gram.violation(ids, x, problem.ridge)
             return problem.evaluated(ids, x, r, kkt), factor
-    x, r, kkt = problem.gram.solve(ids, np.append(best.weights, [[0.0]], axis=0), problem.ridge, 0.0)
+    x, r, kkt = problem.gram.solve(ids, np.append(best.weights, [[0.0]], axis=0), problem.ridge, FINAL)
     positive = np.sort(problem.ranked(ids, x))
     ids, x = ids[positive], x[positive]
     return problem.evaluated(ids, x, r, kkt), GrowingCholesky.of(problem.gram.gram(ids), problem.ridge)

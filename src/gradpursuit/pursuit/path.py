@@ -75,7 +75,7 @@ class Ladder:
             )
         ids = fit.ids[:count]  # in order of contribution
         self._problem.held.load(ids)
-        return self._problem.fit(ids, fit.weights[:count], None, (FINAL, FINAL))
+        return self._problem.fit(ids, fit.weights[:count], None, FINAL)
 
 
 class BudgetPath:

@@ -12,6 +12,7 @@ from gradpursuit.errors import PursuitError
 from gradpursuit.pursuit.candidates import CandidatePool
 from gradpursuit.pursuit.held import HeldColumns
 from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, IntArray, as_vector
+from gradpursuit.pursuit.newton import Tolerance
 from gradpursuit.pursuit.refit import GramRefit, NewtonRefit, Refit
 
 # A residual below this share of the target is rounding, not signal: features are stored in float32 at best.
@@ -53,11 +54,28 @@ class SupportFit:
         return gain > tol * min(other.objective, 0.5 - self.objective) and gain > 0
 
 
+@dataclass(frozen=True)
+class Pace:
+    """How a pursuit goes on.
+
+    join: how many atoms join at a time, as a share of the budget; fewer: how many times fewer are tried after a merge
+    that did not help; tol: the improvement below which it is not worth going on, unless the user says.
+
+    Where refits are by Gram matrix they cost less than a pass, so CoSaMP's two budgets join and every gain is taken.
+    Without one a refit costs more than a pass: a quarter of the budget at a time reaches the same objective in half the
+    time.
+    """
+
+    join: float
+    fewer: int
+    tol: float
+
+
 class PursuitProblem:
     """min ½‖A w − b‖² + ½ λ‖w‖² over w ≥ 0, with b scaled to unit length (scaling b scales w, nothing else).
 
     λ = `alpha` times the mean squared norm of the atoms. y is [D], or [D, q] for q targets that share a support.
-    room: how many columns will be held at a time.
+    room: how many atoms will be chosen; up to three times as many columns are held at a time.
     """
 
     def __init__(self, matrix: GradientMatrix, y: Any, alpha: float, room: int) -> None:
@@ -68,12 +86,14 @@ class PursuitProblem:
         self.targets, self.target_norms = _unit_targets(y, matrix.shape[0])
         # Of the objective: with several targets it is relative to each.
         self.unit = float(self.target_norms[0] ** 2) if len(self.target_norms) == 1 else 1.0
-        self.held = HeldColumns(matrix, self.targets, self.norms, room)
+        self.held = HeldColumns(matrix, self.targets, self.norms, 3 * room)
         self._passes = 1  # for the norms
         self.gram = GramRefit(self.held, self.targets)
         self.refit: Refit = self.gram
-        if room > GRAM_COLUMNS:
+        self.pace = Pace(join=2.0, fewer=2, tol=1e-6)
+        if 3 * room > GRAM_COLUMNS:
             self.refit = NewtonRefit(self.held, self.targets, self.norms)
+            self.pace = Pace(join=0.25, fewer=4, tol=1e-3)
 
     def pool(self, max_coherence: float | None) -> CandidatePool:
         """All atoms, to draw candidates from."""
@@ -105,23 +125,20 @@ class PursuitProblem:
         """‖x_i‖‖a_i‖ of atoms `ids` [m] with weights [m, q]: float64 [m]."""
         return np.sqrt((weights**2).sum(axis=1)) * self.norms[ids]
 
-    def fit(self, ids: IntArray, start: Float64Array, count: int | None = None, tols: tuple = (0.0, 0.0)) -> SupportFit:
+    def fit(self, ids: IntArray, start: Float64Array, count: int | None, tol: Tolerance) -> SupportFit:
         """Non-negative least squares on held `ids` [m], warm-started; then pruned to `count` and refitted.
 
-        tols: the KKT violations to reach before and after pruning. Pruning keeps the largest contributions; equal
-        ones by id. The result holds only atoms with a positive weight, ordered by contribution, then by id.
+        Pruning keeps the largest contributions; equal ones by id. The result holds only atoms with a positive weight,
+        ordered by contribution, then by id.
         """
-        x, r, kkt = self.refit.solve(ids, start, self.ridge, tols[0])
-        tight = tols[0] <= tols[1]
+        x, r, kkt = self.refit.solve(ids, start, self.ridge, tol)
         while True:
             kept = self.ranked(ids, x)[:count]
-            if len(kept) == len(ids) and tight:
-                return self.evaluated(ids[kept], x[kept], r, kkt)
             lost = np.delete(x, kept, axis=0).any()
             ids, x = ids[kept], x[kept]
-            if lost or not tight:
-                x, r, kkt = self.refit.solve(ids, x, self.ridge, tols[1])
-                tight = True
+            if not lost:
+                return self.evaluated(ids, x, r, kkt)
+            x, r, kkt = self.refit.solve(ids, x, self.ridge, tol)
 
     def evaluated(self, ids: IntArray, x: Float64Array, r: Float64Array, kkt: float) -> SupportFit:
         """A fit of given weights and residuals, with its objective."""

@@ -31,9 +31,7 @@ class TensorMatrix:
             )
         self._rows = X.detach().T
         self._wide = torch.float64 if X.dtype == torch.float64 else torch.float32
-        squares = [
-            (rows.double() ** 2).sum(1).cpu().numpy() for _, rows in self._pieces(8 * X.shape[0], widen=False)
-        ]
+        squares = [(rows.double() ** 2).sum(1).cpu().numpy() for _, rows in self._pieces(8 * X.shape[0], widen=False)]
         self._squared_norms = require_finite(np.concatenate(squares))
 
     @property

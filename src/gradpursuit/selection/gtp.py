@@ -12,7 +12,6 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import GradientTrajectoryPursuit
 from gradpursuit.selection.base import Selection, SelectionProblem
 
-
 _PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
 
 
