@@ -51,9 +51,9 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         a budget. None: copies are not looked for.
     targets : {"mean", "balanced", "split"}
         What to do with several targets, y [D, q]. "mean": pursue their mean. "balanced": pursue all of them, each
-        divided by its length, with one shared support; atoms are scored by the root of the sum of their squared positive
-        correlations, and the weight of an atom is the mean of its weights for each target. "split": pursue each on its
-        own with its share of the budget; the union may be smaller than k, and weights are averaged.
+        divided by its length, with one shared support; atoms are scored by the root of the sum of their squared
+        positive correlations, and the weight of an atom is the mean of its weights for each target. "split": pursue
+        each on its own with its share of the budget; the union may be smaller than k, and weights are averaged.
     warm_start : bool
         Whether `fit` begins from the layers of the fit before (for the same atoms and a larger k, another alpha or a
         changed target), instead of from nothing. For new atoms see :meth:`extend`.
@@ -74,15 +74,16 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         (layer, iteration, support_size, relative_residual, objective, seconds, bytes_read) after each accepted
         iteration of each layer.
     group_residuals_ : float64 [q]
-        With y [D, q]: ‖b_h − A w_h‖/‖b_h‖ for the best weights w_h that the first layer's atoms have for target h alone.
+        With y [D, q]: ‖b_h − A w_h‖/‖b_h‖ for the best weights w_h that the first layer's atoms have for target h
+        alone.
     kkt_ : float
         Largest violation of the optimality conditions on the support of a layer, relative (see `nnls`).
     n_iter_ : int
         Passes over the matrix made to correlate, in all layers, with those that led to no further step.
     stop_reason_ : list of str
         Why each layer ended: "converged" (with its whole budget), "saturated" (with fewer), "target matched",
-        "no positive correlation", "iteration limit" or "interrupted". If the pool was exhausted before k were chosen the
-        last entry, "no positive correlation", belongs to the layer that could not begin.
+        "no positive correlation", "iteration limit" or "interrupted". If the pool was exhausted before k were chosen
+        the last entry, "no positive correlation", belongs to the layer that could not begin.
     copies_ : dict of int to int
         Each id that was set aside -> the id it is a copy of.
     n_features_in_ : int
@@ -132,16 +133,16 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         starts = self._starts() if self.warm_start else []
         if starts and self.n_features_in_ != matrix.shape[1]:
             raise PursuitError(
-                f"X has {matrix.shape[1]} columns and the fit to begin from had {self.n_features_in_}. A warm start needs "
-                "the same pool; for new examples use extend."
+                f"X has {matrix.shape[1]} columns and the fit to begin from had {self.n_features_in_}. A warm start "
+                "needs the same pool; for new examples use extend."
             )
         return self._fit(matrix, as_vector(y, matrix.shape[0], "the target"), starts, {}, callback)
 
     def extend(self, X_new: Any, callback: Callback | None = None) -> GradientTrajectoryPursuit:
-        """Go on with new atoms X_new [D, n], which get the ids N, …, N + n − 1; of the old ones, only those chosen are read.
+        """Go on with new atoms X_new [D, n], which get the ids N, …, N + n − 1; of the old, only those chosen are read.
 
-        Each layer begins from its atoms and may exchange them for new ones. The residual is close to, not equal to, that of
-        a fresh `fit` to all atoms, in which old atoms that were not chosen compete again.
+        Each layer begins from its atoms and may exchange them for new ones. The residual is close to, not equal to,
+        that of a fresh `fit` to all atoms, in which old atoms that were not chosen compete again.
 
         Raises :class:`PursuitError` if nothing was fitted in this process, or X_new does not fit.
         """

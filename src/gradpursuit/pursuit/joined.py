@@ -19,8 +19,8 @@ class JoinedMatrix:
     def __init__(self, old: GradientMatrix, new: GradientMatrix, *, read_all: bool = True) -> None:
         if old.shape[0] != new.shape[0]:
             raise PursuitError(
-                f"the new atoms have {new.shape[0]} entries and the old ones {old.shape[0]}. Use the same checkpoints and "
-                "the same projection for both."
+                f"the new atoms have {new.shape[0]} entries and the old ones {old.shape[0]}. Use the same checkpoints "
+                "and the same projection for both."
             )
         self._old, self._new, self._read_all = old, new, read_all
 

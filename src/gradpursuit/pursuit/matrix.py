@@ -201,8 +201,8 @@ def as_vector(values: Any, length: int, name: str) -> Float64Array:
     if len(bad):
         where = ", ".join(map(str, bad[0]))
         raise PursuitError(
-            f"{name} has {len(bad)} entries that are not finite, the first {vector[tuple(bad[0])]} at index {where}. Drop "
-            "the examples whose gradient overflowed, or compute gradients in a wider precision."
+            f"{name} has {len(bad)} entries that are not finite, the first {vector[tuple(bad[0])]} at index {where}. "
+            "Drop the examples whose gradient overflowed, or compute gradients in a wider precision."
         )
     return vector
 

@@ -60,10 +60,10 @@ def nnls_columns(
 
     Method: projected Newton steps (Bertsekas, "Projected Newton methods for optimization problems with simple
     constraints", 1982): on the variables that are positive or about to be, the Newton direction is found by
-    conjugate gradients, to a tenth of the gradient, with a low-rank preconditioner (Frangella, Tropp, Udell, "Randomized
-    Nyström preconditioning", 2021: gradients share few strong directions, which alone would take most steps); the step is projected onto x ≥ 0, and shortened on the segment
-    to its exact minimum. Time: two products with the free columns for each inner step; memory: none of the order
-    of n² or of a second copy of A.
+    conjugate gradients, to a tenth of the gradient, with a low-rank preconditioner (Frangella, Tropp, Udell,
+    "Randomized Nyström preconditioning", 2021: gradients share few strong directions, which alone would take most
+    steps); the step is projected onto x ≥ 0, and shortened on the segment to its exact minimum. Time: two products
+    with the free columns for each inner step; memory: none of the order of n² or of a second copy of A.
     """
     x, scale = start.copy(), float((np.abs(atb) / columns.lengths).max(initial=0.0))
     r = target - columns.combine(x)
@@ -89,7 +89,7 @@ def nnls_columns(
 
 
 class _Preconditioner:
-    """(S Sᵀ + diag(rest))⁻¹ for the free columns' shadows S [m, r], where rest is what the shadows leave of H's diagonal."""
+    """(S Sᵀ + diag(rest))⁻¹ for the free columns' shadows S [m, r]; rest: what the shadows leave of H's diagonal."""
 
     def __init__(self, columns: Columns, free: IntArray) -> None:
         self._shadows = columns.shadows[free].astype(np.float64)

@@ -58,7 +58,8 @@ class NonNegativeOMP(PursuitRegressor):
     def fit(self, X: Any, y: Any, callback: Callback | None = None) -> NonNegativeOMP:
         """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for the target y [D].
 
-        callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is pursued.
+        callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is
+        pursued.
         """
         matrix = as_matrix(X)
         budget = self._budget(matrix)
@@ -111,10 +112,10 @@ class NonNegativeOMP(PursuitRegressor):
 class GradMatch(NonNegativeOMP):
     """The selection of GradMatch: non-negative OMP with a ridge, until the residual is small enough.
 
-    Parameters, attributes and methods as in :class:`NonNegativeOMP`, but: `alpha` is 0.5, the paper's λ, relative to the
-    mean squared norm; `tol` is the relative residual ‖b − A w‖/‖b‖ at which it ends with "target matched". (The authors'
-    code has an absolute λ and drops negative weights one by one; here all weights are exact, with the same rule for the
-    next atom.)
+    Parameters, attributes and methods as in :class:`NonNegativeOMP`, but: `alpha` is 0.5, the paper's λ, relative to
+    the mean squared norm; `tol` is the relative residual ‖b − A w‖/‖b‖ at which it ends with "target matched". (The
+    authors' code has an absolute λ and drops negative weights one by one; here all weights are exact, with the same
+    rule for the next atom.)
 
     References
     ----------

@@ -70,8 +70,8 @@ class Ladder:
     def _pruned(self, fit: SupportFit, count: int) -> SupportFit:
         if self._problem is None:
             raise PursuitError(
-                f"this path was stored without the matrix, so it has no subset of exactly {count} atoms; its budgets are "
-                "in `path.budgets`."
+                f"this path was stored without the matrix, so it has no subset of exactly {count} atoms; its budgets "
+                "are in `path.budgets`."
             )
         ids = fit.ids[:count]  # in order of contribution
         self._problem.held.load(ids)

@@ -123,8 +123,8 @@ class NewtonRefit:
 def _strongest_directions(rows: FloatArray) -> FloatArray:
     """An orthonormal basis [D, r] of the directions in which rows [n, D] are longest.
 
-    By a randomised range finder with one power iteration (Halko, Martinsson, Tropp, "Finding structure with randomness",
-    2011), from a fixed seed: the basis decides how fast a refit is, not what it finds.
+    By a randomised range finder with one power iteration (Halko, Martinsson, Tropp, "Finding structure with
+    randomness", 2011), from a fixed seed: the basis decides how fast a refit is, not what it finds.
     """
     count = min(_DIRECTIONS, *rows.shape)
     start = np.random.default_rng(0).standard_normal((len(rows), count)).astype(rows.dtype)

@@ -26,8 +26,8 @@ class TensorMatrix:
 
         if X.ndim != 2 or 0 in X.shape or not X.dtype.is_floating_point:
             raise PursuitError(
-                f"the tensor has shape {tuple(X.shape)} and type {X.dtype}; a pursuit needs floats [D, N] with at least "
-                "one row and one column. Pass the features of the pool as columns, for example `features.T`."
+                f"the tensor has shape {tuple(X.shape)} and type {X.dtype}; a pursuit needs floats [D, N] with at "
+                "least one row and one column. Pass the features of the pool as columns, for example `features.T`."
             )
         self._rows = X.detach().T
         self._wide = torch.float64 if X.dtype == torch.float64 else torch.float32
