@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,8 @@ _SKETCH = 64  # directions in which atoms are compared before they are compared 
 _SLACK = 4.0
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 
+Scalar = TypeVar("Scalar", bound=np.generic)
+
 
 class HeldColumns:
     """The columns under consideration, fetched once.
@@ -28,6 +31,12 @@ class HeldColumns:
 
     Memory: columns x D in the precision of the data, plus one piece of 64 MB.
     """
+
+    ids: IntArray
+    serials: IntArray
+    _rows: FloatArray
+    _atb: Float64Array
+    _sketch: FloatArray
 
     def __init__(self, matrix: GradientMatrix, targets: Float64Array, norms: Float64Array, capacity: int) -> None:
         self._matrix, self._targets, self._norms = matrix, targets, norms
@@ -52,10 +61,10 @@ class HeldColumns:
             self._atb[place] = columns.T.astype(np.float64, copy=False) @ self._targets
             unit = np.maximum(self._norms[new[piece], None], np.finfo(np.float64).tiny)
             self._sketch[place] = columns.T @ self._signs.astype(columns.dtype, copy=False) / unit
-        self._slot[new] = np.arange(held, total)
+        self._loaded += len(new)  # first, so that no serial is ever given twice, interrupted or not
+        self.serials = np.concatenate([self.serials, self._loaded - len(new) + np.arange(len(new))])
         self.ids = np.concatenate([self.ids, new])
-        self.serials = np.concatenate([self.serials, self._loaded + np.arange(len(new))])
-        self._loaded += len(new)
+        self._slot[new] = np.arange(held, total)
 
     def keep(self, ids: IntArray) -> None:
         """Let go of every column but `ids` [m]; the order of those held stays."""
@@ -71,8 +80,8 @@ class HeldColumns:
                 held[piece] = held[slots[piece]]
 
     def release(self) -> None:
-        """Let go of everything, and of its memory."""
-        self._slot[self.ids] = -1
+        """Let go of everything, and of its memory; also when another method was interrupted half-way."""
+        self._slot[:] = -1
         self._forget()
 
     def slots(self, ids: IntArray) -> IntArray:
@@ -116,7 +125,7 @@ class HeldColumns:
     def _forget(self) -> None:
         self.ids, self.serials = _NO_IDS, _NO_IDS
         D, q = self._targets.shape
-        self._rows: FloatArray = np.empty((0, D), dtype=np.float32)
+        self._rows = np.empty((0, D), dtype=np.float32)
         self._atb, self._sketch = np.empty((0, q)), np.empty((0, self._signs.shape[1]), dtype=np.float32)
 
     def _reserve(self, total: int, dtype: np.dtype) -> None:
@@ -136,7 +145,7 @@ def pieces(count: int, item_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _larger(array: FloatArray, room: int, held: int) -> FloatArray:
+def _larger(array: NDArray[Scalar], room: int, held: int) -> NDArray[Scalar]:
     larger = np.empty((room, array.shape[1]), dtype=array.dtype)
     larger[:held] = array[:held]
     return larger

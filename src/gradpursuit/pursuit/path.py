@@ -23,7 +23,8 @@ class Subset:
     """What a budget buys.
 
     support int64 [m]: atoms, by layer, then by falling contribution; layers int64 [m], from 1; weights float64 [m];
-    relative_residual: ‖b − A w‖/‖b‖ of the first layer; objective of the first layer.
+    relative_residual: ‖b − A w‖/‖b‖ of the first layer; objective of the first layer. Of several targets, each has the
+    residual of its own weights, the root of the mean square is given, and of objectives the mean.
     """
 
     support: IntArray
@@ -45,7 +46,7 @@ class Ladder:
     """One layer's fits from all its atoms down to one, each pruned from the one above."""
 
     def __init__(self, problem: PursuitProblem, fit: SupportFit) -> None:
-        self._problem: PursuitProblem | None = problem
+        self._problem = problem
         self._rungs = [fit]
         self.size = len(fit.ids)
 
@@ -62,44 +63,36 @@ class Ladder:
         self.descend(1)
         return [fit for fit in reversed(self._rungs) if len(fit.ids)]
 
-    def close(self) -> None:
-        """Climb all the way down and let go of the matrix."""
-        self.descend(1)
-        self._problem = None
-
     def _pruned(self, fit: SupportFit, count: int) -> SupportFit:
-        if self._problem is None:
-            raise PursuitError(
-                f"this path was stored without the matrix, so it has no subset of exactly {count} atoms; its budgets "
-                "are in `path.budgets`."
-            )
-        ids = fit.ids[:count]  # in order of contribution
-        self._problem.held.load(ids)
-        return self._problem.fit(ids, fit.weights[:count], None, FINAL)
+        largest = self._problem.ranked(fit.ids, fit.weights)[:count]
+        self._problem.held.load(fit.ids[largest])
+        return self._problem.fit(fit.ids[largest], fit.weights[largest], None, FINAL)
 
 
 class BudgetPath:
     """The subsets for every budget up to that of the pursuit; only chosen columns are read for them, when asked for.
 
     Up to the size of the first layer a subset is the first layer pruned, contribution by contribution, and refitted;
-    beyond it, whole layers and part of the next. With `targets="split"` each target has its share of the budget.
+    beyond it, whole layers and part of the next. With `targets="split"` each target has an equal share of the budget,
+    or all its atoms if they are fewer.
 
     Index it with a budget: ``path[100].support``. Iterating gives (budget, Subset) on a grid, the smallest first.
+    A pickled path keeps its grid, not the matrix: loaded again, it has the budgets of the grid alone.
     """
 
     def __init__(self, parts: list[tuple[PursuitProblem, list[Layer]]]) -> None:
         self._parts = [_PartPath(problem, layers) for problem, layers in parts]
+        self._stored: dict[int, Subset] = {}
 
     def __len__(self) -> int:
         """The largest budget."""
-        return sum(part.size for part in self._parts)
+        return max(self._stored) if self._stored else sum(part.size for part in self._parts)
 
     def __getitem__(self, budget: int) -> Subset:
         """The subset for a budget of 1 to `len(path)` atoms (all of them beyond)."""
         if isinstance(budget, bool) or not isinstance(budget, (int, np.integer)) or budget < 1:
             raise PursuitError(f"the budget is {budget!r}; it must be an integer from 1 to {len(self)}.")
-        shares = share_out(int(budget), len(self._parts))
-        return merged([part.subset(share) for part, share in zip(self._parts, shares, strict=True) if share])
+        return self._subset(min(int(budget), len(self)))
 
     def __iter__(self) -> Iterator[tuple[int, Subset]]:
         """(budget, subset) on the grid."""
@@ -107,11 +100,13 @@ class BudgetPath:
 
     def whole(self) -> Subset:
         """The subset of the whole budget."""
-        return merged([part.subset(part.size) for part in self._parts])
+        return self._subset(len(self))
 
     @property
     def budgets(self) -> list[int]:
         """A grid of budgets: every fifth atom fewer than the one before, and the ends of layers."""
+        if self._stored:
+            return sorted(budget for budget in self._stored if budget)
         sizes = {size for part in self._parts for size in part.sizes}
         return sorted({min(size * len(self._parts), len(self)) for size in sizes})
 
@@ -126,42 +121,60 @@ class BudgetPath:
             raise PursuitError(f"rule is {rule!r}; {nearest(str(rule), _RULES)}")
         if not len(self):
             raise PursuitError("the support is empty, so there is no budget to propose.")
-        sizes, objectives, residuals = self._parts[0].curve()
+        first_layer = ((budget, subset) for budget, subset in self if (subset.layers == 1).all())
+        budgets, subsets = zip((0, self._subset(0)), *first_layer, strict=True)
+        objectives, sizes = np.array([subset.objective for subset in subsets]), np.array(budgets)
         gain = (objectives[0] - objectives) / (objectives[0] - objectives[-1])
         place = int(np.argmax(gain >= _GAIN)) if rule == "gain" else int(np.argmax(gain - sizes / sizes[-1]))
         place = max(place, 1)
-        return Knee(int(sizes[place]) * len(self._parts), rule, float(residuals[place]))
+        return Knee(budgets[place], rule, subsets[place].relative_residual)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the matrix: a stored path knows the budgets of its grid alone."""
-        for part in self._parts:
-            part.close()
-        return self.__dict__
+        """The subsets of the grid, and that of nothing, without the matrix."""
+        return {"_parts": [], "_stored": self._stored or {0: self._subset(0), **dict(self)}}
+
+    def _subset(self, budget: int) -> Subset:
+        """The subset for a budget of 0 to `len(self)`."""
+        if not self._stored:
+            shares = self._shares(budget)
+            subsets = [part.subset(share) for part, share in zip(self._parts, shares, strict=True)]
+            return merged(subsets, self._parts[0].norms)
+        if budget not in self._stored:
+            raise PursuitError(
+                f"this path was stored without the matrix, so it has no subset for a budget of {budget}; those it has "
+                "are in `path.budgets`."
+            )
+        return self._stored[budget]
+
+    def _shares(self, budget: int) -> list[int]:
+        """How much of the budget each target gets: as much as the others, or all that it has."""
+        shares = [0] * len(self._parts)
+        while budget:
+            wanting = [place for place, part in enumerate(self._parts) if shares[place] < part.size]
+            for place, more in zip(wanting, share_out(budget, len(wanting)), strict=True):
+                given = min(more, self._parts[place].size - shares[place])
+                shares[place] += given
+                budget -= given
+        return shares
 
 
 class _PartPath:
     """The path of one target, or of several with a common support."""
 
     def __init__(self, problem: PursuitProblem, layers: list[Layer]) -> None:
-        self._problem: PursuitProblem | None = problem
+        self._problem, self.norms = problem, problem.norms
         self._scale = problem.target_norms / len(problem.target_norms)
-        self._unit, self._empty = problem.unit, problem.empty()
         self._ladders = [Ladder(problem, layer.fit) for layer in layers if len(layer.fit.ids)]
         self.size = sum(ladder.size for ladder in self._ladders)
 
     @property
     def sizes(self) -> list[int]:
         """The sizes of the first layer's rungs, and where the layers end."""
-        ends = np.cumsum([ladder.size for ladder in self._ladders]).tolist()
-        return [*self.curve()[0].astype(int).tolist()[1:], *ends]
-
-    def curve(self) -> tuple[Float64Array, Float64Array, Float64Array]:
-        """Sizes, objectives and relative residuals of the first layer, from nothing to all of it."""
-        fits = [self._empty, *(self._ladders[0].rungs() if self._ladders else [])]
-        self._release()
-        values = [(len(fit.ids), fit.objective, fit.relative_residual) for fit in fits]
-        sizes, objectives, residuals = (np.array(column, dtype=float) for column in zip(*values, strict=True))
-        return sizes, objectives, residuals
+        if not self._ladders:
+            return []
+        rungs = [len(fit.ids) for fit in self._ladders[0].rungs()]
+        self._problem.held.release()
+        return [*rungs, *np.cumsum([ladder.size for ladder in self._ladders]).tolist()]
 
     def subset(self, budget: int) -> Subset:
         """The atoms for `budget`, of all layers, with one weight each in the units of the target (or targets' mean)."""
@@ -169,32 +182,24 @@ class _PartPath:
         for ladder in self._ladders:
             if budget > 0:
                 fits.append(ladder.descend(budget))
-                budget -= len(fits[-1].ids)
-        self._release()
-        first = fits[0] if fits else self._empty
-        every = fits or [self._empty]
+                budget -= ladder.size  # which part of a layer may leave unused: the next waits for the whole of it
+        self._problem.held.release()
+        every = fits or [self._problem.empty()]
+        first = every[0]
         return Subset(
             np.concatenate([fit.ids for fit in every]),
             np.repeat(np.arange(1, len(every) + 1), [len(fit.ids) for fit in every]),
             np.concatenate([fit.weights @ self._scale for fit in every]),
             first.relative_residual,
-            first.objective * self._unit,
+            first.objective * self._problem.unit,
         )
 
-    def close(self) -> None:
-        """Make all rungs and let go of the matrix."""
-        for ladder in self._ladders:
-            ladder.close()
-        self._release()
-        self._problem = None
 
-    def _release(self) -> None:
-        if self._problem is not None:
-            self._problem.held.release()
+def merged(parts: list[Subset], norms: Float64Array) -> Subset:
+    """The union of several targets' subsets: weights are averaged over targets, an atom keeps its lowest layer.
 
-
-def merged(parts: list[Subset]) -> Subset:
-    """The union of several targets' subsets: weights are averaged over targets, an atom keeps its lowest layer."""
+    norms [N]: the lengths of all atoms. relative_residual: root of the mean square over targets; objective: mean.
+    """
     if len(parts) == 1:
         return parts[0]
     every = np.concatenate([part.support for part in parts])
@@ -202,7 +207,7 @@ def merged(parts: list[Subset]) -> Subset:
     weights = np.bincount(place, np.concatenate([part.weights for part in parts])) / len(parts)
     layers = np.full(len(support), np.iinfo(np.int64).max)
     np.minimum.at(layers, place, np.concatenate([part.layers for part in parts]))
-    order = np.lexsort((support, -weights, layers))
+    order = np.lexsort((support, -weights * norms[support], layers))
     residual = float(np.sqrt(np.mean([part.relative_residual**2 for part in parts])))
     objective = float(np.mean([part.objective for part in parts]))
     return Subset(support[order], layers[order], weights[order], residual, objective)

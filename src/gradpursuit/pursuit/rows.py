@@ -20,7 +20,8 @@ TYPES = {"int8": np.int8, "float16": np.int16, "bfloat16": np.uint16, "float32":
 _SUM_BYTES = 16 * 2**20  # what one thread sums up before it is added to the rest, in order
 _PIECE_BYTES = 8 * 2**20  # what one thread reads at a time: large enough to hide the call, small enough to share out
 
-Task, Result = TypeVar("Task"), TypeVar("Result")
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
 class Rows:
@@ -68,7 +69,9 @@ class Rows:
             if not isinstance(where, slice):
                 out[where] = part
 
-        _do(dot, list(self._pieces() if ids is None else self._pieces_of(ids)))
+        tasks: list[tuple[NDArray[Any], IntArray, slice | IntArray]]
+        tasks = [*self._pieces()] if ids is None else [*self._pieces_of(ids)]
+        _do(dot, tasks)
         return out
 
     def squares(self) -> Float64Array:
