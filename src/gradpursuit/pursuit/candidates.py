@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gradpursuit.pursuit.held import HeldColumns
 from gradpursuit.pursuit.matrix import Float64Array, IntArray
 
+_SAME = 1.0 - 1e-12  # the cosine of an atom with itself may fall short of 1 by rounding
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 
 
@@ -22,7 +24,7 @@ class CandidatePool:
 
     def __init__(self, held: HeldColumns, norms: Float64Array, max_coherence: float | None) -> None:
         self._held = held
-        self._coherence = None if max_coherence is None else float(max_coherence)
+        self._coherence = None if max_coherence is None else min(float(max_coherence), _SAME)
         self._available = norms > 0
         self._copies: dict[int, int] = {}
         self.taken = _NO_IDS
@@ -36,6 +38,10 @@ class CandidatePool:
         """Know of copies that were found earlier."""
         self._available[list(copies)] = False
         self._copies.update(copies)
+
+    def free(self, ids: IntArray) -> NDArray[np.bool_]:
+        """Which of `ids` [m] are neither taken, nor set aside, nor of norm zero."""
+        return self._available[ids]
 
     def take(self, ids: IntArray) -> None:
         """Remove `ids` from the pool; their copies will be recognised and set aside as well.

@@ -13,7 +13,7 @@ from gradpursuit.pursuit.joined import JoinedMatrix
 from gradpursuit.pursuit.loop import FINAL, Callback, Pursuit, Steps
 from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
 from gradpursuit.pursuit.path import share_out
-from gradpursuit.pursuit.problem import PursuitProblem, SupportFit
+from gradpursuit.pursuit.problem import PursuitProblem, SupportFit, require_nonzero
 
 _SATURATION = ("layers", "stop")
 _TARGETS = ("mean", "balanced", "split")
@@ -69,7 +69,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     path_ : BudgetPath
         The subsets for every budget up to k: ``path_[j].support``, ``path_[j].weights``.
     residual_path_, objective_path_ : float64 [accepted iterations of layer 1, plus one]
-        ‖b − A w‖/‖b‖ and the objective, from w = 0 (or the warm start) on.
+        ‖b − A w‖/‖b‖ and the objective, from w = 0 (or the warm start) on; with "split", of the first target.
     steps_ : list of PursuitStep
         (layer, iteration, support_size, relative_residual, objective, seconds, bytes_read) after each accepted
         iteration of each layer.
@@ -166,12 +166,12 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     ) -> GradientTrajectoryPursuit:
         self._check_own_parameters()
         budget = self._budget(matrix)
-        targets = self._split(y)
+        targets = self._split(y, budget)
         parts: list[Pursuit] = []
         for number, (share, b) in enumerate(zip(share_out(budget, len(targets)), targets, strict=True)):
             problem = PursuitProblem(matrix, b, self.alpha, share)
             pool = problem.pool(self.max_coherence)
-            pool.set_aside(copies)
+            pool.set_aside(parts[-1].pool.copies if parts else copies)
             tol = problem.pace.tol if self.tol is None else self.tol
             part = Pursuit(problem, pool, self.max_iter, tol, self.saturation, Steps(problem, callback))
             part.run(share, starts[number] if number < len(starts) else [])
@@ -179,7 +179,9 @@ class GradientTrajectoryPursuit(PursuitRegressor):
             if part.interrupted:
                 break
         self._publish([(part.problem, part.layers) for part in parts])
-        self.copies_ = {copy: of for part in parts for copy, of in part.pool.copies.items()}
+        # With "split", a copy set aside for one target may have been chosen for another before.
+        chosen = set(self.support_.tolist())
+        self.copies_ = {copy: of for copy, of in parts[-1].pool.copies.items() if copy not in chosen}
         self._parts, self._y = parts, y
         if y.ndim == 2:
             self.group_residuals_ = self._group_residuals(matrix, y)
@@ -197,11 +199,19 @@ class GradientTrajectoryPursuit(PursuitRegressor):
                 f"max_coherence is {coherence!r}; it must be a cosine in (0, 1], or None to allow copies."
             )
 
-    def _split(self, y: Float64Array) -> list[Float64Array]:
+    def _split(self, y: Float64Array, budget: int) -> list[Float64Array]:
         """The targets of the pursuits to be made, one after the other."""
-        if y.ndim == 1 or self.targets == "balanced":
+        if y.ndim == 1:
             return [y]
-        return [y.mean(axis=1)] if self.targets == "mean" else list(y.T)
+        require_nonzero(y)
+        if self.targets != "split":
+            return [y] if self.targets == "balanced" else [y.mean(axis=1)]
+        if budget < y.shape[1]:
+            raise PursuitError(
+                f"n_nonzero_coefs is {budget}, but {y.shape[1]} targets share it, and each needs one atom at least. "
+                'Ask for more, or pursue them together with targets="balanced".'
+            )
+        return list(y.T)
 
     def _starts(self) -> list[list[SupportFit]]:
         """The layers of the fit before, for each pursuit that was made."""

@@ -58,21 +58,25 @@ class Steps:
     def __init__(self, problem: PursuitProblem, callback: Callback | None) -> None:
         self._problem, self._callback, self._began = problem, callback, time.perf_counter()
 
-    def record(self, layer: Layer, number: int, iteration: int) -> None:
-        """Add the fit of layer `number` after `iteration` to its steps."""
+    def measure(self, layer: Layer, number: int, iteration: int) -> PursuitStep:
+        """The state of layer `number` after `iteration`."""
         fit, seconds = layer.fit, time.perf_counter() - self._began
         numbers = (number, iteration, len(fit.ids), fit.relative_residual)
-        step = PursuitStep(*numbers, fit.objective * self._problem.unit, seconds, self._problem.bytes_read)
+        return PursuitStep(*numbers, fit.objective * self._problem.unit, seconds, self._problem.bytes_read)
+
+    def record(self, layer: Layer, number: int, iteration: int) -> None:
+        """Add the fit of layer `number` after `iteration` to its steps, and tell it."""
+        step = self.measure(layer, number, iteration)
         layer.steps.append(step)
         logger.info(
             "pursuit layer %d iteration %d: %d atoms, relative residual %.6f, relative objective %.6g, %.1f s",
-            *numbers,
-            2 * fit.objective,
-            seconds,
+            *step[:4],
+            2 * layer.fit.objective,
+            step.seconds,
             extra={"progress": True},
         )
         if self._callback is not None:
-            self._callback(step, fit.ids.copy())
+            self._callback(step, layer.fit.ids.copy())
 
 
 @dataclass
@@ -108,13 +112,14 @@ class Pursuit:
         except KeyboardInterrupt:
             self.interrupted = True
             logger.warning("interrupted: the pursuit ends with the best support so far")
+            self.problem.held.release()  # it may have been interrupted half-way through a change
         self._polish()
 
     def _pursue(self, budget: int, start: SupportFit | None) -> None:
         """One layer: at most `budget` atoms of the pool."""
-        best = self._begin(budget, start)
-        layer = Layer(best, [])
+        layer = Layer(self.problem.empty(), [])
         self.layers.append(layer)
+        layer.fit = best = self._begin(budget, start)
         self.steps.record(layer, len(self.layers), 0)
         most = max(1, round(self.problem.pace.join * budget))
         held, count = best.ids, most
@@ -142,7 +147,7 @@ class Pursuit:
     def _begin(self, budget: int, start: SupportFit | None) -> SupportFit:
         if start is None:
             return self.problem.empty()
-        free = ~np.isin(start.ids, self.pool.taken)  # an earlier layer may have taken some this time
+        free = self.pool.free(start.ids)  # an earlier layer may have taken some of them, or copies, this time
         ids, weights = start.ids[free], start.weights[free]
         q = self.problem.targets.shape[1]
         if weights.shape[1] != q:
@@ -163,7 +168,9 @@ class Pursuit:
 
     def _polish(self) -> None:
         """The exact weights of every layer, which the pursuit itself did not need."""
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers, 1):
+            if not layer.steps:  # interrupted before the first
+                layer.steps.append(self.steps.measure(layer, number, 0))
             if layer.fit.kkt > FINAL.least:
                 self.problem.held.load(layer.fit.ids)
                 layer.fit = self.problem.fit(layer.fit.ids, layer.fit.weights, None, FINAL)

@@ -152,18 +152,23 @@ class PursuitProblem:
         return order[contributions[order] > _LEAST_CONTRIBUTION * contributions.max(initial=0.0)]
 
 
-def _unit_targets(y: Any, D: int) -> tuple[Float64Array, Float64Array]:
-    """The targets scaled to unit length [D, q], and their lengths [q]."""
-    b = as_vector(y, D, "the target")
-    b = b[:, None] if b.ndim == 1 else b
-    # Dividing by the largest entry first keeps the squares of very small or large targets in range.
-    largest = np.abs(b).max(axis=0)
-    zero = np.flatnonzero(largest == 0)
+def require_nonzero(b: Float64Array) -> None:
+    """Raise :class:`PursuitError` if one of the targets b [D, q] is zero."""
+    zero = np.flatnonzero(~b.any(axis=0))
     if zero.size:
         which = "the target gradient" if b.shape[1] == 1 else f"the gradient of target group {zero[0]}"
         raise PursuitError(
             f"{which} is zero, so every example matches it with weight zero. Check the target rows: "
             "are their labels all masked, or do their gradients cancel?"
         )
+
+
+def _unit_targets(y: Any, D: int) -> tuple[Float64Array, Float64Array]:
+    """The targets scaled to unit length [D, q], and their lengths [q]."""
+    b = as_vector(y, D, "the target")
+    b = b[:, None] if b.ndim == 1 else b
+    # Dividing by the largest entry first keeps the squares of very small or large targets in range.
+    largest = np.abs(b).max(axis=0)
+    require_nonzero(b)
     lengths = largest * np.linalg.norm(b / largest, axis=0)
     return b / lengths, lengths
