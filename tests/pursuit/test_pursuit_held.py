@@ -153,8 +153,16 @@ def test_dots_of_some_rows_across_shards(dtype, threads, monkeypatch):
     whole = (20 * rng.standard_normal((41, 33))).astype(dtype)
     made, exact = Rows(np.split(whole, [5, 6, 30]), "a test"), whole.astype(np.float64)
     R = rng.standard_normal((3, 33))
-    bound = (1e-15 if dtype == np.float64 else 1e-6) * np.linalg.norm(exact, axis=1)[:, None] * np.linalg.norm(R, axis=1)
-    for ids in (rng.permutation(41), np.array([40, 0, 5, 29, 30, 6]), np.array([5]), np.arange(6, 30), np.empty(0, int)):
+    bound = (
+        (1e-15 if dtype == np.float64 else 1e-6) * np.linalg.norm(exact, axis=1)[:, None] * np.linalg.norm(R, axis=1)
+    )
+    for ids in (
+        rng.permutation(41),
+        np.array([40, 0, 5, 29, 30, 6]),
+        np.array([5]),
+        np.arange(6, 30),
+        np.empty(0, int),
+    ):
         found = made.dots(R, ids)
         assert found.shape == (len(ids), 3)
         assert (np.abs(found - exact[ids] @ R.T) <= bound[ids]).all()

@@ -111,7 +111,9 @@ def test_an_interrupt_ends_with_the_best_so_far(estimator, number, how, caplog):
     callback, seen = stop_after(number, how)
     with caplog.at_level(logging.WARNING, logger="gradpursuit"):
         found = estimator.fit(A, b, callback)
-    assert [record.message for record in caplog.records] == ["interrupted: the pursuit ends with the best support so far"]
+    assert [record.message for record in caplog.records] == [
+        "interrupted: the pursuit ends with the best support so far"
+    ]
     assert found.stop_reason_ == ["interrupted"]
     assert len(seen) == len(found.steps_) == number
     assert set(found.support_) == set(seen[-1][1])

@@ -164,7 +164,9 @@ def test_knees_of_a_curve_with_a_visible_knee():
     weights = np.concatenate([np.full(10, 10.0), np.full(30, 0.5)])
     found = GradientTrajectoryPursuit(40, alpha=0.0).fit(np.eye(50)[:, :40], np.append(weights, np.zeros(10)))
     gains = {budget: 1 - 2 * subset.objective / (weights @ weights) for budget, subset in found.path_}
-    assert all(gain == pytest.approx((weights[:budget] ** 2).sum() / (weights @ weights)) for budget, gain in gains.items())
+    assert all(
+        gain == pytest.approx((weights[:budget] ** 2).sum() / (weights @ weights)) for budget, gain in gains.items()
+    )
     gain = found.knee()
     assert gain.rule == "gain"
     assert gain.budget == min(budget for budget, share in gains.items() if share >= 0.95)

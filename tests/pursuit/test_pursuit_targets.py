@@ -189,7 +189,11 @@ def test_atoms_of_nothing_have_group_residuals():
         ({"targets": "split"}, np.array([[1.0, 0.0]] * 3), "target group 1 is zero"),
         ({"targets": "mean"}, np.array([[1.0, -1.0]] * 3), "the target gradient is zero"),
         ({"targets": "split"}, np.ones((3, 3)), "n_nonzero_coefs is 2, but 3 targets share it"),
-        ({"targets": "split"}, np.array([[1.0, np.inf]] * 3), "3 entries that are not finite, the first inf at index 0, 1"),
+        (
+            {"targets": "split"},
+            np.array([[1.0, np.inf]] * 3),
+            "3 entries that are not finite, the first inf at index 0, 1",
+        ),
     ],
 )
 def test_refusals(options, y, message):
