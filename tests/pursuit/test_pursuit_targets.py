@@ -6,7 +6,7 @@ from scipy.optimize import nnls as scipy_nnls
 from test_pursuit_gtp import low_rank
 
 from gradpursuit.errors import PursuitError
-from gradpursuit.pursuit import GradMatch, GradientTrajectoryPursuit, MatchingPursuit, NonNegativeOMP
+from gradpursuit.pursuit import GradientTrajectoryPursuit, GradMatch, MatchingPursuit, NonNegativeOMP
 
 
 def best_residual(A, b, alpha):
