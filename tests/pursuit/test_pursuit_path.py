@@ -79,7 +79,7 @@ def test_without_a_gram_matrix(monkeypatch):
 def test_close_to_a_fresh_pursuit():
     """The residual for a budget is within 15 % of that of a pursuit for this very budget, and within 4 % on average."""
     ratios = []
-    for seed in range(4):
+    for seed in range(3):
         A, b = low_rank(seed)
         for alpha in (0.0, 0.3):
             whole = GradientTrajectoryPursuit(40, alpha=alpha, saturation="stop").fit(A, b)
