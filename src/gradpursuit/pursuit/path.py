@@ -62,10 +62,9 @@ class Ladder:
         self.descend(1)
         return [fit for fit in reversed(self._rungs) if len(fit.ids)]
 
-    def close(self) -> None:
-        """Climb all the way down and let go of the matrix."""
-        self.descend(1)
-        self._problem = None
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the matrix."""
+        return {**self.__dict__, "_problem": None}
 
     def _pruned(self, fit: SupportFit, count: int) -> SupportFit:
         if self._problem is None:
@@ -132,12 +131,6 @@ class BudgetPath:
         place = max(place, 1)
         return Knee(int(sizes[place]) * len(self._parts), rule, float(residuals[place]))
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the matrix: a stored path knows the budgets of its grid alone."""
-        for part in self._parts:
-            part.close()
-        return self.__dict__
-
 
 class _PartPath:
     """The path of one target, or of several with a common support."""
@@ -181,12 +174,12 @@ class _PartPath:
             first.objective * self._unit,
         )
 
-    def close(self) -> None:
-        """Make all rungs and let go of the matrix."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the matrix: what is stored knows the budgets of its grid alone, all made now."""
         for ladder in self._ladders:
-            ladder.close()
+            ladder.descend(1)
         self._release()
-        self._problem = None
+        return {**self.__dict__, "_problem": None}
 
     def _release(self) -> None:
         if self._problem is not None:
