@@ -255,7 +255,7 @@ def test_refusals():
     with pytest.raises(PursuitError, match=r"shape \(200,\)"):
         found.extend(b)
     np.testing.assert_array_equal(found.coef_, coef)
-    with pytest.raises(PursuitError, match="X has 300 columns and the fit to begin from had 400"):
+    with pytest.raises(PursuitError, match="X has 300 features"):
         found.fit(A[:, :300], b)
     with pytest.raises(PursuitError, match="same process"):
         pickle.loads(pickle.dumps(found)).extend(A)

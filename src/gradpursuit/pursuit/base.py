@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from gradpursuit.errors import PursuitError
 from gradpursuit.pursuit.loop import Layer
-from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix
+from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
 from gradpursuit.pursuit.path import BudgetPath, Knee
 from gradpursuit.pursuit.problem import PursuitProblem
 
@@ -23,16 +23,13 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
     alpha: float
     tol: float | None
     path_: BudgetPath
+    _tol_may_be_none = False
 
     def predict(self, X: Any) -> Float64Array:
         """X w: the gradient that the weighted selection has in X [D, N]. Returns float64 [D]."""
         check_is_fitted(self)
         matrix = as_matrix(X)
-        if matrix.shape[1] != self.n_features_in_:
-            raise PursuitError(
-                f"X has {matrix.shape[1]} columns, but the weights belong to {self.n_features_in_} pool examples. Pass "
-                "the features of the same pool."
-            )
+        self._match_pool(X, matrix)
         return matrix.combine(self.support_, self.coef_[self.support_])
 
     def knee(self, rule: str = "gain") -> Knee:
@@ -40,10 +37,46 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
         check_is_fitted(self)
         return self.path_.knee(rule)
 
+    def _numbers(self, X: Any, y: Any, *, same_pool: bool = False) -> tuple[GradientMatrix, Float64Array]:
+        """X and y for a fit, checked; sets `n_features_in_` and, for a data frame, `feature_names_in_`.
+
+        same_pool: whether X must have the columns that were fitted to before.
+        """
+        if y is None:
+            raise PursuitError(
+                f"{type(self).__name__} requires y to be passed, but the target y is None. Pass the target gradient "
+                "[D]."
+            )
+        matrix = as_matrix(X)
+        target = as_vector(y, matrix.shape[0], "the target")
+        if same_pool:
+            self._match_pool(X, matrix)
+        else:
+            self._check_names(X, reset=True)
+        return matrix, target
+
+    def _match_pool(self, X: Any, matrix: GradientMatrix) -> None:
+        """Raise unless X has the columns that were fitted to: as many, with the same names."""
+        n, N = matrix.shape[1], self.n_features_in_
+        if n != N:
+            raise PursuitError(
+                f"X has {n} features, but {type(self).__name__} is expecting {N} features as input. Its {n} columns "
+                f"must be the {N} examples of the pool that was fitted to; to add new ones there is "
+                "GradientTrajectoryPursuit.extend."
+            )
+        self._check_names(X, reset=False)
+
+    def _check_names(self, X: Any, *, reset: bool) -> None:
+        """Remember (or compare with) the number and, for a data frame, the names of the columns; X is not touched."""
+        try:
+            validate_data(self, X, reset=reset, skip_check_array=True)
+        except (TypeError, ValueError) as error:
+            raise PursuitError(str(error)) from error
+
     def _budget(self, matrix: GradientMatrix) -> int:
         """Check the parameters common to all pursuits, before any work; the budget k."""
         require_number("alpha", self.alpha, 0.0, "0 is the plain gradient match, 0.3 the usual ridge")
-        if self.tol is not None:
+        if self.tol is not None or not self._tol_may_be_none:
             require_number("tol", self.tol, 0.0, "it is the relative improvement below which the pursuit ends")
         N = matrix.shape[1]
         if self.n_nonzero_coefs is None:
@@ -61,10 +94,8 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
             problem.held.release()
         self.path_ = BudgetPath(parts)
         whole = self.path_.whole()
-        N = parts[0][0].matrix.shape[1]
-        self.n_features_in_ = N
         self.support_, self.layers_ = whole.support, whole.layers
-        self.coef_ = np.zeros(N)
+        self.coef_ = np.zeros(parts[0][0].matrix.shape[1])
         self.coef_[whole.support] = whole.weights
         layers = [layer for _, layers in parts for layer in layers]
         # A later layer that found no atom left is told by its stop reason; it has no steps.

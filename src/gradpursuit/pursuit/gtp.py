@@ -11,7 +11,7 @@ from gradpursuit.errors import PursuitError, nearest
 from gradpursuit.pursuit.base import PursuitRegressor, require_count
 from gradpursuit.pursuit.joined import JoinedMatrix
 from gradpursuit.pursuit.loop import FINAL, Callback, Pursuit, Steps
-from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
+from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix
 from gradpursuit.pursuit.path import share_out
 from gradpursuit.pursuit.problem import PursuitProblem, SupportFit, require_nonzero
 
@@ -88,8 +88,14 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Each id that was set aside -> the id it is a copy of.
     n_features_in_ : int
         N.
+    feature_names_in_ : object [N]
+        Names of the columns, if X is a data frame with names.
 
-    Equal input gives equal output; equal correlations or contributions are ordered by id.
+    Equal input gives equal output; equal correlations or contributions are ordered by id. Atoms of length zero are
+    never chosen. Where fewer than k atoms can be, `support_` is shorter and `stop_reason_` says why; k = N, k above
+    the rank, N = 1 and D = 1 are ordinary. No atom that correlates with the target: an empty support. A target of
+    zero, and values in X or y that are sparse, not real or not finite: :class:`PursuitError`. float16, float32,
+    float64 and integers in any memory layout give the same support, up to the rounding of the data.
 
     References
     ----------
@@ -97,6 +103,8 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     Needell, Tropp, "CoSaMP", arXiv 0803.2392 (merge, fit, prune). Halving, layers and copies are this
     package's own.
     """
+
+    _tol_may_be_none = True
 
     def __init__(
         self,
@@ -129,27 +137,24 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Raises :class:`PursuitError` if a parameter is out of range, k > N, y is zero, or X or y is not finite
         or does not fit. A target that no atom correlates with is an outcome, not an error: an empty support.
         """
-        matrix = as_matrix(X)
         starts = self._starts() if self.warm_start else []
-        if starts and self.n_features_in_ != matrix.shape[1]:
-            raise PursuitError(
-                f"X has {matrix.shape[1]} columns and the fit to begin from had {self.n_features_in_}. A warm start "
-                "needs the same pool; for new examples use extend."
-            )
-        return self._fit(matrix, as_vector(y, matrix.shape[0], "the target"), starts, {}, callback)
+        matrix, target = self._numbers(X, y, same_pool=bool(starts))
+        return self._fit(matrix, target, starts, {}, callback)
 
     def extend(self, X_new: Any, callback: Callback | None = None) -> GradientTrajectoryPursuit:
         """Go on with new atoms X_new [D, n], which get the ids N, …, N + n − 1; of the old, only those chosen are read.
 
         Each layer begins from its atoms and may exchange them for new ones. The residual is close to, not equal to,
-        that of a fresh `fit` to all atoms, in which old atoms that were not chosen compete again.
+        that of a fresh `fit` to all atoms, in which old atoms that were not chosen compete again. Names of
+        atoms are forgotten.
 
         Raises :class:`PursuitError` if nothing was fitted in this process, or X_new does not fit.
         """
         if not hasattr(self, "_parts"):
             raise PursuitError("there is no pursuit to go on with: call fit first, in the same process.")
-        old, new = self._parts[0].problem.matrix, as_matrix(X_new)
-        return self._fit(JoinedMatrix(old, new, read_all=False), self._y, self._starts(), dict(self.copies_), callback)
+        joined = JoinedMatrix(self._parts[0].problem.matrix, as_matrix(X_new), read_all=False)
+        self._check_names(joined, reset=True)
+        return self._fit(joined, self._y, self._starts(), dict(self.copies_), callback)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the matrix that was fitted to, which `extend` and `warm_start` need."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 
 from gradpursuit.errors import PursuitError
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray, Rows
@@ -58,10 +59,15 @@ class DenseMatrix:
 
     def __init__(self, X: ArrayLike) -> None:
         self._X = _as_floats(X)
+        if self._X.ndim == 2 and self._X.shape[1] == 0:
+            raise PursuitError(
+                f"the gradient matrix has 0 feature(s) (shape={self._X.shape}) while a minimum of 1 is required: one "
+                "column for each example of the pool."
+            )
         if self._X.ndim != 2 or 0 in self._X.shape:
             raise PursuitError(
                 f"the gradient matrix has shape {self._X.shape}; a pursuit needs a matrix [D, N] with at least one row "
-                "and one column. Pass the features of the pool as columns, for example `features.T`."
+                "and one column. Reshape your data: pass the features of the pool as columns, for example `features.T`."
             )
         self._squared_norms = require_finite(self._compute_squared_norms())
 
@@ -212,9 +218,19 @@ def _as_floats(values: Any) -> FloatArray:
         values = values.detach().cpu()
         # NumPy has no bfloat16
         values = (values.float() if values.dtype.itemsize < 4 else values).numpy()
+    if issparse(values):
+        raise PursuitError(
+            "the data is a sparse matrix; gradients are dense, and a pursuit reads them so. Pass a dense array, for "
+            "example `X.toarray()`."
+        )
     array = np.asarray(values)
     if array.dtype.name == "bfloat16":  # of ml_dtypes
         return array.astype(np.float32)
+    if array.dtype.kind == "c":
+        raise PursuitError(
+            f"Complex data not supported: values of type {array.dtype} are not real numbers. Pass real and imaginary "
+            "parts as rows of their own."
+        )
     if array.dtype.kind not in "fiub":
         raise PursuitError(
             f"values of type {array.dtype} are not real numbers. Pass a NumPy array or torch tensor of floats."

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gradpursuit.pursuit.base import PursuitRegressor
+from gradpursuit.pursuit.base import PursuitRegressor, require_count
 from gradpursuit.pursuit.loop import Callback, Layer, Steps
-from gradpursuit.pursuit.matrix import as_matrix, as_vector
 from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
 logger = logging.getLogger("gradpursuit")
@@ -36,7 +35,7 @@ class MatchingPursuit(PursuitRegressor):
     Attributes
     ----------
     coef_, support_, layers_, residual_path_, objective_path_, path_, steps_, kkt_, n_iter_, stop_reason_,
-    n_features_in_
+    n_features_in_, feature_names_in_
         As in :class:`NonNegativeOMP`. `kkt_` tells how far the weights are from the best on their support, which this
         method does not look for; subsets of `path_` are refitted.
 
@@ -62,9 +61,10 @@ class MatchingPursuit(PursuitRegressor):
 
     def fit(self, X: Any, y: Any, callback: Callback | None = None) -> MatchingPursuit:
         """Choose and weigh atoms of X for y, as :meth:`NonNegativeOMP.fit` does."""
-        matrix = as_matrix(X)
+        if self.max_iter is not None:
+            require_count("max_iter", self.max_iter)
+        matrix, target = self._numbers(X, y)
         budget = self._budget(matrix)
-        target = as_vector(y, matrix.shape[0], "the target")
         problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
         layer = Layer(problem.empty(), [])
         try:

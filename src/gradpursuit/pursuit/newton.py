@@ -78,9 +78,12 @@ def nnls_columns(
         goal = min(goal, max(tol.least, tol.of_start * kkt))
         if kkt <= goal:
             break
-        free = np.flatnonzero((x > 0) | (y < 0))
-        direction, inner = _newton_direction(columns, free, y[free])
-        x, r, moved = _projected_step(columns, target, x, r, y, free, direction)
+        # What a step of its own would take to zero is led there: one weight that meets the boundary stops all others.
+        leaving = (x > 0) & (x * columns.lengths**2 <= y)
+        free = np.flatnonzero(((x > 0) | (y < 0)) & ~leaving)
+        direction = np.where(leaving, -x, 0.0)
+        direction[free], inner = _newton_direction(columns, free, y[free])
+        x, r, moved = _projected_step(columns, target, x, r, y, direction)
         products += 2 * inner + moved
         if not moved:
             break
@@ -135,14 +138,12 @@ def _projected_step(
     x: Float64Array,
     r: Float64Array,
     y: Float64Array,
-    free: IntArray,
     direction: Float64Array,
 ) -> tuple[Float64Array, Float64Array, int]:
     """The new x and residual, and how many products it took; 0: no step lowers the objective."""
     length = 1.0
     for tries in range(1, 31):
-        there = x.copy()
-        there[free] = np.maximum(x[free] + length * direction, 0.0)
+        there = np.maximum(x + length * direction, 0.0)
         change = there - x
         slope = float(y @ change)
         if slope < 0:

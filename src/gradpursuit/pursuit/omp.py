@@ -10,7 +10,7 @@ from scipy.linalg import solve_triangular
 
 from gradpursuit.pursuit.base import PursuitRegressor
 from gradpursuit.pursuit.loop import FINAL, Callback, Layer, Steps
-from gradpursuit.pursuit.matrix import Float64Array, IntArray, as_matrix, as_vector
+from gradpursuit.pursuit.matrix import Float64Array, IntArray
 from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
 logger = logging.getLogger("gradpursuit")
@@ -37,7 +37,7 @@ class NonNegativeOMP(PursuitRegressor):
     Attributes
     ----------
     coef_, support_, layers_, residual_path_, objective_path_, path_, steps_, kkt_, n_iter_, stop_reason_,
-    n_features_in_
+    n_features_in_, feature_names_in_
         As in :class:`GradientTrajectoryPursuit`, except: `support_` is in the order in which the atoms
         were chosen, `layers_` is all ones and `stop_reason_` has one entry ("budget filled", "target
         matched", "no positive correlation", "converged", "iteration limit" or "interrupted"). Copies are not
@@ -63,9 +63,8 @@ class NonNegativeOMP(PursuitRegressor):
         callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is
         pursued.
         """
-        matrix = as_matrix(X)
+        matrix, target = self._numbers(X, y)
         budget = self._budget(matrix)
-        target = as_vector(y, matrix.shape[0], "the target")
         problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
         steps = Steps(problem, callback)
         layer = Layer(problem.empty(), [])
