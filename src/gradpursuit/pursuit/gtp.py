@@ -90,11 +90,11 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     feature_names_in_ : object [N]
         Names of the columns, if X is a data frame with names.
 
-    Equal input gives equal output; equal correlations or contributions are ordered by id. Atoms of length zero are never
-    chosen, so k may exceed what can be: `support_` is then shorter than k and `stop_reason_` says why (k = N, k above the
-    rank, N = 1 and D = 1 are ordinary). No atom that correlates with the target: an empty support. A target of zero, and
-    values in X or y that are not finite, not real or sparse: :class:`PursuitError`. float16, float32, float64 and integers
-    in any memory layout give the same support up to the rounding of the data.
+    Equal input gives equal output; equal correlations or contributions are ordered by id. Atoms of length zero are
+    never chosen. Where fewer than k atoms can be, `support_` is shorter and `stop_reason_` says why; k = N, k above
+    the rank, N = 1 and D = 1 are ordinary. No atom that correlates with the target: an empty support. A target of
+    zero, and values in X or y that are sparse, not real or not finite: :class:`PursuitError`. float16, float32,
+    float64 and integers in any memory layout give the same support, up to the rounding of the data.
 
     References
     ----------

@@ -44,6 +44,8 @@ class MatchingPursuit(PursuitRegressor):
     Mallat, Zhang, "Matching pursuits with time-frequency dictionaries", 1993.
     """
 
+    tol: float
+
     def __init__(
         self,
         n_nonzero_coefs: int | None = None,

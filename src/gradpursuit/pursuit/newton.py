@@ -78,7 +78,7 @@ def nnls_columns(
         goal = min(goal, max(tol.least, tol.of_start * kkt))
         if kkt <= goal:
             break
-        # What a step of its own would take to zero is led there: a Newton step that meets the boundary at once is no step.
+        # What a step of its own would take to zero is led there: one weight that meets the boundary stops all others.
         leaving = (x > 0) & (x * columns.lengths**2 <= y)
         free = np.flatnonzero(((x > 0) | (y < 0)) & ~leaving)
         direction = np.where(leaving, -x, 0.0)

@@ -50,6 +50,8 @@ class NonNegativeOMP(PursuitRegressor):
     of the K-SVD algorithm using Batch-OMP", 2008 (the growing Cholesky factor).
     """
 
+    tol: float
+
     def __init__(self, n_nonzero_coefs: int | None = None, *, alpha: float = 0.0, tol: float = 1e-10) -> None:
         self.n_nonzero_coefs = n_nonzero_coefs
         self.alpha = alpha

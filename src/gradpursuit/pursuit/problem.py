@@ -118,7 +118,7 @@ class PursuitProblem:
         return np.sqrt((np.maximum(products, 0.0) ** 2).mean(axis=1))
 
     def least_score(self, fit: SupportFit) -> Float64Array:
-        """The score [N] for the residual of `fit` that is too small to count as positive; that of no length has none."""
+        """The score [N] for the residual of `fit` that is too small to count as positive; zero atoms have none."""
         return np.where(self.norms > 0, _LEAST_COSINE * fit.relative_residual * self.norms, np.inf)
 
     def contributions(self, ids: IntArray, weights: Float64Array) -> Float64Array:
