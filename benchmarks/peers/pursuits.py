@@ -76,7 +76,10 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return args
 
 
-def write_result(args: argparse.Namespace, peer: str, what: str, rungs: list[dict[str, Any]]) -> None:
+def write_result(
+    args: argparse.Namespace, peer: str, what: str, rungs: list[dict[str, Any]], iterations: list[Any] | None = None
+) -> None:
+    """iterations: (atoms, seconds) of those of the last rung, where the script could tell."""
     result = {
         "peer": peer,
         "version": version(peer),
@@ -85,6 +88,7 @@ def write_result(args: argparse.Namespace, peer: str, what: str, rungs: list[dic
         "python": platform.python_version(),
         "numpy": np.__version__,
         "rungs": rungs,
+        "iterations": iterations or [],
     }
     args.output.write_text(json.dumps(result) + "\n")
     print(", ".join(f"k = {rung['k']}: {rung['seconds']:.3f} s" for rung in rungs))

@@ -6,9 +6,33 @@ On a CPU its GradMatchStrategy calls `OrthogonalMP_REG` (NumPy, SciPy) with posi
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pursuits
+
+
+class Clock:
+    """A least squares solver that notes when it is called, and for how many atoms.
+
+    That is once in an iteration, and once more for each atom that the iteration takes out again; what those calls take
+    is left out.
+    """
+
+    def __init__(self, lstsq: Any) -> None:
+        self._lstsq, self._calls = lstsq, []
+
+    def __call__(self, matrix: Any, *given: Any) -> Any:
+        self._calls.append((len(matrix), time.perf_counter()))
+        return self._lstsq(matrix, *given)
+
+    def restart(self) -> None:
+        self._calls.clear()
+
+    def iterations(self) -> list[tuple[int, float]]:
+        """(atoms, seconds) from each call to the next that has one atom more."""
+        pairs = zip(self._calls[:-1], self._calls[1:], strict=True)
+        return [(atoms, then - now) for (atoms, now), (more, then) in pairs if more == atoms + 1]
 
 
 def main() -> None:
@@ -34,11 +58,18 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(args.threads)
-    solve = by_torch if args.solver == "torch" else by_numpy
+        clock = torch.linalg.lstsq = Clock(torch.linalg.lstsq)
+    else:
+        clock = omp_solvers.lstsq = Clock(omp_solvers.lstsq)
+
+    def solve(k: int) -> Any:
+        clock.restart()
+        return by_torch(k) if args.solver == "torch" else by_numpy(k)
+
     solve(1)
     name = "OrthogonalMP_REG_Parallel" if args.solver == "torch" else "OrthogonalMP_REG"
     what = f"{name}(positive=True, lam={args.ridge:g}), float32"
-    pursuits.write_result(args, "cords", what, pursuits.climb(solve, args.k, args.limit))
+    pursuits.write_result(args, "cords", what, pursuits.climb(solve, args.k, args.limit), clock.iterations())
 
 
 if __name__ == "__main__":

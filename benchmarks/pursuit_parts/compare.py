@@ -17,7 +17,7 @@ from peers.pursuits import climb
 
 from gradpursuit.pursuit import DenseMatrix, GradientTrajectoryPursuit, NonNegativeOMP
 
-from .growth_law import extrapolate
+from .growth_law import extrapolate, spans_of
 from .solving import (
     ALPHA,
     Peer,
@@ -72,7 +72,7 @@ def compare(N: int, D: int, k: int, arguments: argparse.Namespace) -> dict[str, 
     for solver in solvers:
         show(solver, solvers[0]["seconds"])
     for name, solve in in_process(rows, target).items():
-        add(solvers, climbed(name, climb(solve, k, arguments.limit), k, problem))
+        add(solvers, climbed(name, {"rungs": climb(solve, k, arguments.limit)}, k, problem))
     with tempfile.TemporaryDirectory() as folder:
         save_problem(Path(folder), rows, target)
         for peer in peers(arguments, N, problem.mean_square):
@@ -83,7 +83,7 @@ def compare(N: int, D: int, k: int, arguments: argparse.Namespace) -> dict[str, 
                 solvers.append({"solver": peer.name, "failed": str(error)})
                 continue
             what = {"version": made["version"], "what": made["what"]}
-            add(solvers, {**climbed(peer.name, made["rungs"], k, problem), **what})
+            add(solvers, {**climbed(peer.name, made, k, problem), **what})
     if (N, D, k) == HEADLINE:
         met = solvers[0]["seconds"] < HEADLINE_SECONDS
         print(f"target of {HEADLINE_SECONDS:g} s for GTP: {'met' if met else 'MISSED'}")
@@ -150,8 +150,9 @@ def peers(arguments: argparse.Namespace, N: int, mean_square: float) -> list[Pee
     return made
 
 
-def climbed(name: str, rungs: list[dict[str, Any]], k: int, problem: Problem) -> dict[str, Any]:
+def climbed(name: str, made: dict[str, Any], k: int, problem: Problem) -> dict[str, Any]:
     """The line of a solver that was climbed to k, or as far as the limit let it."""
+    rungs = made["rungs"]
     last = rungs[-1]
     support, weights = np.array(last["support"], np.int64), np.array(last["weights"])
     line = {
@@ -165,7 +166,7 @@ def climbed(name: str, rungs: list[dict[str, Any]], k: int, problem: Problem) ->
     if last.get("stopped_by_itself"):
         return {**line, "stopped_by_itself": True}
     if last["k"] < k:
-        line["computed"] = extrapolate([r["k"] for r in rungs], [r["seconds"] for r in rungs], k)
+        line["computed"] = extrapolate(spans_of(made), k)
         line["seconds"] = line["computed"]["seconds"]
     return line
 

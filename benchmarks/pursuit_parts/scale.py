@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gradpursuit.pursuit import GradientMatrix, GradientTrajectoryPursuit, TrajectoryMatrix
 
-from .growth_law import extrapolate
+from .growth_law import extrapolate, spans_of
 from .solving import ALPHA, Peer, Problem, compile_kernels, described, fitted, save_problem, threads
 from .synthetic import DiskFeatures, LowRank
 
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of reading")
     parser.add_argument("--keep", action="store_true", help="leave the rows on disk for the next time")
     parser.add_argument("--cords", metavar="PYTHON", help="interpreter of CORDS' environment (peers/setup.sh)")
-    parser.add_argument("--slice", type=int, default=16_384, help="rows, all dimensions, that CORDS is measured on")
-    parser.add_argument("--slice-k", type=int, default=2048, help="atoms up to which it is measured, if time allows")
+    parser.add_argument("--slice", type=int, default=4096, help="rows, all dimensions, that CORDS is measured on")
+    parser.add_argument("--slice-k", type=int, default=1024, help="atoms up to which it is measured, if time allows")
     parser.add_argument("--limit", type=float, default=300.0, help="most seconds of one solve of CORDS")
 
 
@@ -103,8 +103,10 @@ class TimedMatrix:
 def pursue(store: DiskFeatures, target: NDArray[np.float64], arguments: argparse.Namespace) -> dict[str, Any]:
     """GTP on the store, timed, between two measurements of reading."""
     compile_kernels()
+    few = TrajectoryMatrix([[shards[0][:64]] for shards in store.blocks()])
+    fitted(GradientTrajectoryPursuit(1), few, target)  # compiles what reads float16
     matrix = TrajectoryMatrix(store.blocks())
-    matrix.correlate(target)  # compiles, and brings into memory what fits there
+    matrix.correlate(target)  # brings into memory what fits there
     before = bandwidth(store, matrix, target, arguments.rounds)
     timed = TimedMatrix(TrajectoryMatrix(store.blocks()))
     with memory() as peak:
@@ -205,7 +207,8 @@ def tell(made: dict[str, Any]) -> None:
         f"solve / passes {ratio:.2f} (target {PASSES:g}; without the pass for norms {made['solve_over_correlate']:.2f})"
     )
     for when in ("before", "after"):
-        print(f"{when}: " + ", ".join(f"{name} {speed:.2f}" for name, speed in speeds[when].items()) + " GB/s")
+        named = [f"{name} {speed:.2f}" for name, speed in speeds[when].items() if name != "share"]
+        print(f"GB/s {when}: " + ", ".join(named))
     print(f"passes within the pursuit: {speeds['passes of the pursuit']:.2f} GB/s")
     print(f"a pass reads at {made['bandwidth_share']:.0%} of the files' bandwidth (target {BANDWIDTH:.0%})")
     print(f"memory beyond files: {made['memory_bytes']['peak'] / 2**30:.2f} GiB at most", flush=True)
@@ -240,20 +243,22 @@ def cords(
 def computed(measured: dict[str, Any], count: int, found: dict[str, Any]) -> dict[str, Any]:
     """The time at full size, with what it was computed from."""
     rungs = {rung["k"]: rung["seconds"] for rung in measured["rungs"]}
-    made = extrapolate(list(rungs), list(rungs.values()), found["k"], found["N"] / count)
+    spans = spans_of(measured)
+    made = extrapolate(spans, found["k"], found["N"] / count)
     for fitted_order in made["orders"].values():
         fitted_order["times_gtp"] = fitted_order["seconds"] / found["gtp"]["seconds"]
     stopped = any("stopped_by_itself" in rung for rung in measured["rungs"])
     named = {"what": measured["what"], "version": measured["version"]}
-    return {**named, "measured": rungs, "stopped_by_itself": stopped, **made}
+    return {**named, "measured": rungs, "spans": spans, "stopped_by_itself": stopped, **made}
 
 
 def tell_cords(what: str, made: dict[str, Any], found: dict[str, Any]) -> None:
     print(f"CORDS {what}: " + ", ".join(f"k = {k}: {s:.2f} s" for k, s in made["measured"].items()))
     for order, fitted_order in made["orders"].items():
-        used = " <- predicts the last better" if order == made["order"] else ""
-        errors = (fitted_order["worst_relative_error"], fitted_order["error_of_last_predicted"])
+        used = " <- used" if order == made["order"] else ""
+        predicted = fitted_order["error_of_last_predicted"]
+        last = f"the last span predicted from the first ones to {predicted:+.0%}" if predicted is not None else ""
         ratio = f"{fitted_order['times_gtp']:,.0f} x GTP (target {SPEEDUP:,.0f})"
         at = f"k = {found['k']:,} of N = {found['N']:,} takes {fitted_order['seconds']:.3g} s (computed)"
         print(f"  if an iteration grows as k^{order}, {at}, {ratio};")
-        print(f"    error at most {errors[0]:.0%}, of the last rung predicted {errors[1]:+.0%}{used}", flush=True)
+        print(f"    error at most {fitted_order['worst_relative_error']:.0%}, {last}{used}", flush=True)
