@@ -182,4 +182,6 @@ def show(line: dict[str, Any], gtp: float) -> None:
     line["times_gtp"] = line["seconds"] / gtp
     numbers = f"{line['seconds']:11.3f}{line['times_gtp']:9.2f}{line['k']:7}{line['atoms']:7}"
     remark = "  computed" if "computed" in line else "  stopped by itself" if "stopped_by_itself" in line else ""
+    if len(line.get("layers", [])) > 1:
+        remark = f"  layers of {' + '.join(map(str, line['layers']))}; quality of the first"
     print(f"{line['solver']:44}{numbers}{line['residual']:10.5f}{line['objective']:11.6f}{remark}", flush=True)

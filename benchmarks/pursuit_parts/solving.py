@@ -53,12 +53,13 @@ def fitted(estimator: Any, X: Any, y: NDArray[np.float64]) -> tuple[Any, float]:
 
 
 def described(estimator: Any, seconds: float, problem: Problem) -> dict[str, Any]:
-    """What one of the package's pursuits found."""
-    support = estimator.support_
+    """What one of the package's pursuits found: the quality is that of its first layer, a solution of its own."""
+    first = estimator.support_[estimator.layers_ == 1]
     return {
         "seconds": seconds,
-        "atoms": len(support),
-        **problem.quality(support, estimator.coef_[support]),
+        "atoms": len(estimator.support_),
+        "layers": np.bincount(estimator.layers_)[1:].tolist(),
+        **problem.quality(first, estimator.coef_[first]),
         "kkt": float(estimator.kkt_),
         "passes": int(estimator.n_iter_),
         "stop_reason": list(estimator.stop_reason_),
