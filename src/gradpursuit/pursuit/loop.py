@@ -21,6 +21,7 @@ logger = logging.getLogger("gradpursuit")
 # atoms have weight shows long before the weights are exact, and the objective is that of the weights as they are.
 _MERGE = Tolerance(1e-5, 0.1)
 FINAL = Tolerance(1e-6)
+_FILLING = 1e-6
 
 
 class PursuitStep(NamedTuple):
@@ -157,11 +158,13 @@ class Pursuit:
 
     def _improve(self, best: SupportFit, candidates: IntArray, budget: int) -> tuple[SupportFit | None, int]:
         """Merge, fit, prune, refit; with fewer candidates as long as the objective does not fall."""
+        # Until the budget is full every gain counts: to end then is to say that no other atom can have weight.
+        tol = self.tol if len(best.ids) == budget else min(self.tol, _FILLING)
         while candidates.size:
             merged = np.concatenate([best.ids, candidates])
             start = np.concatenate([best.weights, np.zeros((candidates.size, best.weights.shape[1]))])
             fit = self.problem.fit(merged, start, budget, _MERGE)
-            if fit.improves(best, self.tol):
+            if fit.improves(best, tol):
                 return fit, candidates.size
             candidates = candidates[: candidates.size // self.problem.pace.fewer]
         return None, 0
@@ -174,6 +177,8 @@ class Pursuit:
             if layer.fit.kkt > FINAL.least:
                 self.problem.held.load(layer.fit.ids)
                 layer.fit = self.problem.fit(layer.fit.ids, layer.fit.weights, None, FINAL)
+                if layer.fit.relative_residual <= MATCHED:
+                    layer.stop_reason = "target matched"
                 layer.steps[-1] = layer.steps[-1]._replace(
                     support_size=len(layer.fit.ids),
                     relative_residual=layer.fit.relative_residual,

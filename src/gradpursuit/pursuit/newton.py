@@ -15,6 +15,8 @@ BoolArray = NDArray[np.bool_]
 
 _STEPS = 100  # Newton steps; five to fifteen are usual
 _INNER = 200  # conjugate gradient steps for one direction
+_NEAR = 0.01  # of the largest weight
+_STALLED = 0.9  # of the violation before
 _FORCING = 0.1  # how much a direction must lower the gradient on the free variables
 
 
@@ -67,7 +69,7 @@ def nnls_columns(
     """
     x, scale = start.copy(), float((np.abs(atb) / columns.lengths).max(initial=0.0))
     r = target - columns.combine(x)
-    products, goal = 1, np.inf
+    products, goal, before = 1, 0.0, np.inf
     best: tuple[float, Float64Array, Float64Array] = (np.inf, x, r)
     for _ in range(_STEPS):
         y = columns.ridge * x - columns.products(r)
@@ -75,11 +77,15 @@ def nnls_columns(
         kkt = violation(y / columns.lengths, x, scale)
         if kkt < best[0]:
             best = (kkt, x, r)
-        goal = min(goal, max(tol.least, tol.of_start * kkt))
+        goal = goal or max(tol.least, tol.of_start * kkt)
         if kkt <= goal:
             break
-        # What a step of its own would take to zero is led there: one weight that meets the boundary stops all others.
-        leaving = (x > 0) & (x * columns.lengths**2 <= y)
+        # What would be taken to zero by a step of its own is led there, if it is near or the steps get nowhere: one
+        # weight that meets the boundary stops all others.
+        sizes = x * columns.lengths
+        near = np.inf if kkt > _STALLED * before else _NEAR * sizes.max(initial=0.0)
+        before = kkt
+        leaving = (x > 0) & (sizes <= np.minimum(y / columns.lengths, near))
         free = np.flatnonzero(((x > 0) | (y < 0)) & ~leaving)
         direction = np.where(leaving, -x, 0.0)
         direction[free], inner = _newton_direction(columns, free, y[free])
