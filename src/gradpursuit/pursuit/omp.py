@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
 from gradpursuit.pursuit.base import PursuitRegressor
 from gradpursuit.pursuit.loop import FINAL, Callback, Layer, Steps
@@ -71,7 +73,12 @@ class NonNegativeOMP(PursuitRegressor):
         try:
             self._pursue(problem, budget, layer, steps)
         except KeyboardInterrupt:
+            problem.held.release()  # it may have been interrupted half-way through a change
             logger.warning("interrupted: the pursuit ends with the best support so far")
+        if len(layer.fit.ids):
+            problem.held.load(layer.fit.ids)
+            kkt = problem.gram.violation(layer.fit.ids, layer.fit.weights, problem.ridge)
+            layer.fit = replace(layer.fit, kkt=kkt)
         self._publish([(problem, [layer])])
         return self
 
@@ -147,6 +154,11 @@ class GrowingCholesky:
     def of(cls, gram: Float64Array, ridge: float) -> GrowingCholesky:
         """The factor of gram [n, n] + ridge·I; its size is below n if an atom is dependent."""
         factor = cls()
+        with suppress(LinAlgError):
+            L = cholesky(gram + ridge * np.eye(len(gram)), lower=True, check_finite=False)
+            if (np.diagonal(L) ** 2 > _SAFE_PIVOT * (np.diagonal(gram) + ridge)).all():
+                factor._L, factor.size = L, len(gram)
+                return factor
         for i, row in enumerate(gram):
             if not factor.append(row[:i], row[i] + ridge):
                 break
@@ -192,9 +204,8 @@ def _refit(
     if factor.size == len(best.ids) and factor.append(cross[:-1], cross[-1] + problem.ridge):
         x = factor.solve(problem.held.atb(ids)[:, 0])[:, None]
         if (x > 0).all():
-            r, kkt = problem.gram.residual(ids, x), problem.gram.violation(ids, x, problem.ridge)
-            return problem.evaluated(ids, x, r, kkt), factor
-    x, r, kkt = problem.gram.solve(ids, np.append(best.weights, [[0.0]], axis=0), problem.ridge, FINAL)
+            return problem.evaluated(ids, x, problem.gram.residual(ids, x), 0.0), factor
+    x, r, _ = problem.gram.solve(ids, np.append(best.weights, [[0.0]], axis=0), problem.ridge, FINAL)
     positive = np.sort(problem.ranked(ids, x))
     ids, x = ids[positive], x[positive]
-    return problem.evaluated(ids, x, r, kkt), GrowingCholesky.of(problem.gram.gram(ids), problem.ridge)
+    return problem.evaluated(ids, x, r, 0.0), GrowingCholesky.of(problem.gram.gram(ids), problem.ridge)
