@@ -17,9 +17,9 @@ from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
 logger = logging.getLogger("gradpursuit")
 
-# Where no Gram matrix makes the exact solution cheap, a refit lowers the violation to a tenth, until the last: which
+# Where no Gram matrix makes the exact solution cheap, a refit ends when its steps gain little, until the last: which
 # atoms have weight shows long before the weights are exact, and the objective is that of the weights as they are.
-_MERGE = Tolerance(1e-5, 0.1)
+_MERGE = Tolerance(1e-5, gain=0.1)
 FINAL = Tolerance(1e-6)
 _FILLING = 1e-6
 

@@ -16,16 +16,20 @@ BoolArray = NDArray[np.bool_]
 _STEPS = 100  # Newton steps; five to fifteen are usual
 _INNER = 200  # conjugate gradient steps for one direction
 _NEAR = 0.01  # of the largest weight
-_STALLED = 0.9  # of the violation before
 _FORCING = 0.1  # how much a direction must lower the gradient on the free variables
+_STALLED = 0.9  # of the violation before
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The KKT violation to reach: `least`, or the share `of_start` of what it is at the start, if that is more."""
+    """When a refit is good enough.
+
+    least: the KKT violation to reach; gain: end before that with a step that gains no more than this share of what all
+    steps gained.
+    """
 
     least: float
-    of_start: float = 0.0
+    gain: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,16 +73,18 @@ def nnls_columns(
     """
     x, scale = start.copy(), float((np.abs(atb) / columns.lengths).max(initial=0.0))
     r = target - columns.combine(x)
-    products, goal, before = 1, 0.0, np.inf
+    products, before = 1, np.inf
+    values: list[float] = []
     best: tuple[float, Float64Array, Float64Array] = (np.inf, x, r)
     for _ in range(_STEPS):
         y = columns.ridge * x - columns.products(r)
         products += 1
         kkt = violation(y / columns.lengths, x, scale)
-        if kkt < best[0]:
+        if kkt < best[0] or tol.gain:
             best = (kkt, x, r)
-        goal = goal or max(tol.least, tol.of_start * kkt)
-        if kkt <= goal:
+        value = 0.5 * float(r @ r) + 0.5 * columns.ridge * float(x @ x)
+        values.append(value)
+        if kkt <= tol.least or (len(values) > 1 and values[-2] - value <= tol.gain * (values[0] - value)):
             break
         # What would be taken to zero by a step of its own is led there, if it is near or the steps get nowhere: one
         # weight that meets the boundary stops all others.

@@ -93,7 +93,7 @@ class PursuitProblem:
         self.pace = Pace(join=2.0, fewer=2, tol=1e-6)
         if 3 * room > GRAM_COLUMNS:
             self.refit = NewtonRefit(self.held, self.targets, self.norms)
-            self.pace = Pace(join=0.25, fewer=4, tol=1e-3)
+            self.pace = Pace(join=0.25, fewer=8, tol=1e-3)
 
     def pool(self, max_coherence: float | None) -> CandidatePool:
         """All atoms, to draw candidates from."""
@@ -133,10 +133,10 @@ class PursuitProblem:
         """
         x, r, kkt = self.refit.solve(ids, start, self.ridge, tol)
         while True:
-            kept = self.ranked(ids, x)[:count]
-            lost = np.delete(x, kept, axis=0).any()
+            ranked = self.ranked(ids, x)
+            kept = ranked[:count]
             ids, x = ids[kept], x[kept]
-            if not lost:
+            if len(kept) == len(ranked):  # what else was left out is nothing but rounding
                 return self.evaluated(ids, x, r, kkt)
             x, r, kkt = self.refit.solve(ids, x, self.ridge, tol)
 
