@@ -183,7 +183,9 @@ class PursuitSection(Section):
     normalize: Literal["unit", "none"] = Field("unit", description="norm of each row at each checkpoint")
     balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
     max_iter: Whole = Field(50, ge=1, description="pursuit iterations per layer")
-    tol: Number = Field(1e-6, ge=0, description="smallest relative improvement of the objective to go on")
+    tol: Number | None = Field(
+        None, ge=0, description="smallest relative improvement of the objective to go on; null: by the budget"
+    )
     saturation: Literal["layers", "stop"] = Field(
         "layers", description="what to do when fewer than k examples fit: pursue again without them, or stop"
     )

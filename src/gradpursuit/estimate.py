@@ -7,7 +7,7 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,8 +22,7 @@ from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
 from gradpursuit.evaluation.compare import heldout_loss
 from gradpursuit.gradient_stage import checkpoint_count, tuned_model, wanted_features
-from gradpursuit.gradients.engine import FeatureEngine
-from gradpursuit.gradients.sketch import SparseSketch
+from gradpursuit.gradients.collector import Collector, CollectSpec
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
@@ -33,7 +32,7 @@ from gradpursuit.trajectory.training import TrainSpec, train
 
 logger = logging.getLogger("gradpursuit")
 SAMPLE = 1024  # pool rows that are read and rendered
-_STEPS, _BATCHES = 4, 8  # training steps and gradient batches that are timed
+_STEPS, _ROWS = 4, 128  # training steps, and rows whose gradients are collected, that are timed
 
 
 @dataclass(frozen=True)
@@ -225,62 +224,70 @@ def _trajectory(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
     return Cost(steps * step[settings.batch_size], 12 * size * settings.checkpoints)
 
 
+@dataclass(frozen=True)
+class _Start:
+    """A checkpoint before any training: the adapter as it is, and moments that cost what real ones do."""
+
+    def load_adapter(self, model: nn.Module) -> None:
+        """The adapter is in the model already."""
+
+    def adam(self, model: nn.Module) -> AdamState:
+        """No gradient seen yet."""
+        m = {name: torch.zeros_like(parameter) for name, parameter in trainable(model).items()}
+        v = {name: torch.ones_like(parameter) for name, parameter in trainable(model).items()}
+        return AdamState(m, v, 1, 0.9, 0.999, 1e-8)
+
+
 def _gradients(run: Run, sample: Sample) -> Cost:
-    """Time batches of several lengths, and take every batch that the run will make at the cost of one like it."""
+    """Collect the features of some rows, as the run will, and scale the time up by padded tokens."""
     settings, checkpoints = run.config.gradients, checkpoint_count(run)
     wanted = wanted_features(run)
     tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
     seconds, disk = 0.0, 0
-    with tuned_model(run, run.seed("adapter")) as model, _quiet():
+    spec = CollectSpec(
+        settings.dim,
+        settings.nonzeros,
+        0,
+        settings.tokens_per_batch,
+        settings.store_dtype,
+        settings.shard_rows,
+        1.0,
+        {},
+    )
+    with tuned_model(run, run.seed("adapter")) as model, tempfile.TemporaryDirectory() as folder, _quiet():
         for name, (table, scale) in tables.items():
             if not wanted[name]:
                 continue
-            engine = _engine(run, model, wanted[name])
-            batches = _plan(table, settings.shard_rows, settings.tokens_per_batch)
-            seconds += _plan_seconds(engine, table, batches) * scale * checkpoints
-            spec = StoreSpec(tuple(table.ids), checkpoints, settings.dim, settings.store_dtype, settings.shard_rows, {})
-            disk += int(spec.nbytes * scale) * len(wanted[name])
+            some = _spread(table, _ROWS)
+            made = Collector(model, run.compute, [_Start()], spec)  # type: ignore[list-item]
+            start = time.monotonic()
+            engine = made.at(0, wanted[name])
+            setup = time.monotonic() - start
+            engine.batch([some[0]])  # the first pass warms up
+            start = time.monotonic()
+            made.collect(name, some, wanted[name], Path(folder) / name)
+            rate = (time.monotonic() - start) / _padded_tokens(some, spec)
+            seconds += (setup + rate * _padded_tokens(table, spec) * scale) * checkpoints
+            stored = StoreSpec(tuple(table.ids), checkpoints, spec.dim, spec.dtype, spec.shard_rows, {})
+            disk += int(stored.nbytes * scale) * len(wanted[name])
     return Cost(seconds, disk)
 
 
-def _engine(run: Run, model: nn.Module, kinds: Sequence[Any]) -> FeatureEngine:
-    """An engine with moments that cost what real ones do."""
-    parameters, settings = trainable(model), run.config.gradients
-    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    sketch = SparseSketch(sizes, settings.dim, settings.nonzeros, 0, run.compute.device)
-    engine = FeatureEngine(model, run.compute, sketch, settings.tokens_per_batch)
-    m = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    v = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
-    engine.prepare(kinds, AdamState(m, v, 1, 0.9, 0.999, 1e-8))
-    return engine
+def _spread(table: Table, count: int) -> Table:
+    """Up to `count` rows of all lengths alike, in the order of the table."""
+    by_length = sorted(range(len(table)), key=lambda i: len(table[i].input_ids))
+    places = np.unique(np.linspace(0, len(table) - 1, min(count, len(table))).round().astype(int))
+    return table.take(sorted(by_length[place] for place in places))
 
 
-def _plan(table: Table, shard_rows: int, budget: int) -> list[list[int]]:
-    """The batches of a whole table, shard by shard."""
-    plan: list[list[int]] = []
-    for start in range(0, len(table), shard_rows):
-        rows = table[start : start + shard_rows]
-        plan += [[start + i for i in batch] for batch in token_batches([len(row.input_ids) for row in rows], budget)]
-    return plan
-
-
-def _plan_seconds(engine: FeatureEngine, table: Table, batches: list[list[int]]) -> float:
-    """Seconds of all batches: some are timed, the others cost per padded token what the timed ones next to them do."""
-
-    def tokens(batch: list[int]) -> int:
-        return len(batch) * max(len(table[i].input_ids) for i in batch)
-
-    order = sorted(range(len(batches)), key=lambda b: max(len(table[i].input_ids) for i in batches[b]))
-    places = np.unique(np.linspace(0, len(order) - 1, min(_BATCHES, len(order))).round().astype(int))
-    engine.batch([table[i] for i in batches[order[0]]])  # the first pass warms up
-    rates = []
-    for place in places:
-        batch = batches[order[place]]
-        start = time.monotonic()
-        engine.batch([table[i] for i in batch])
-        rates.append((time.monotonic() - start) / tokens(batch))
-    each = np.interp(np.arange(len(order)), places, rates)
-    return float(sum(rate * tokens(batches[b]) for rate, b in zip(each, order, strict=True)))
+def _padded_tokens(table: Table, spec: CollectSpec) -> int:
+    """Of all batches of a table, shard by shard."""
+    total = 0
+    for start in range(0, len(table), spec.shard_rows):
+        lengths = [len(row.input_ids) for row in table[start : start + spec.shard_rows]]
+        plan = token_batches(lengths, spec.tokens_per_batch)
+        total += sum(len(batch) * max(lengths[i] for i in batch) for batch in plan)
+    return total
 
 
 def _selection(run: Run, sample: Sample) -> Cost:

@@ -98,4 +98,3 @@ def test_estimator_conventions():
     assert made.fit(np.eye(4), np.arange(4.0)) is made
     np.testing.assert_array_equal(made.support_, [3, 2, 1])
     assert made.stop_reason_ == ["budget filled"]
-    assert made.copies_ == {}

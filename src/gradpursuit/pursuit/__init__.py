@@ -7,19 +7,30 @@ follow the conventions of scikit-learn::
     pursuit.support_, pursuit.coef_[pursuit.support_], pursuit.residual_path_
 """
 
-from gradpursuit.pursuit.base import PathRecord
 from gradpursuit.pursuit.gtp import GradientTrajectoryPursuit
+from gradpursuit.pursuit.joined import JoinedMatrix
+from gradpursuit.pursuit.loop import PursuitStep
 from gradpursuit.pursuit.matrix import DenseMatrix, GradientMatrix, TrajectoryMatrix, as_matrix
+from gradpursuit.pursuit.mp import MatchingPursuit
 from gradpursuit.pursuit.nnls import NNLSResult, kkt_violation, nnls
-from gradpursuit.pursuit.omp import NonNegativeOMP
+from gradpursuit.pursuit.omp import GradMatch, NonNegativeOMP
+from gradpursuit.pursuit.path import BudgetPath, Knee, Subset
+from gradpursuit.pursuit.tensor import TensorMatrix
 
 __all__ = [
+    "BudgetPath",
     "DenseMatrix",
+    "GradMatch",
     "GradientMatrix",
     "GradientTrajectoryPursuit",
+    "JoinedMatrix",
+    "Knee",
+    "MatchingPursuit",
     "NNLSResult",
     "NonNegativeOMP",
-    "PathRecord",
+    "PursuitStep",
+    "Subset",
+    "TensorMatrix",
     "TrajectoryMatrix",
     "as_matrix",
     "kkt_violation",

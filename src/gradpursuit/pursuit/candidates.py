@@ -1,89 +1,15 @@
-"""What a pursuit holds in memory: the columns it is looking at, their products, and who is a copy of whom."""
+"""The atoms that may still be chosen, best first, and who is a copy of whom."""
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gradpursuit.pursuit.matrix import Float64Array, FloatArray, GradientMatrix, IntArray
+from gradpursuit.pursuit.held import HeldColumns
+from gradpursuit.pursuit.matrix import Float64Array, IntArray
 
-_PIECE_BYTES = 64 * 2**20
+_SAME = 1.0 - 1e-12  # the cosine of an atom with itself may fall short of 1 by rounding
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
-
-
-class CandidateCache:
-    """The columns under consideration with their Gram matrix and their products with the target.
-
-    Only products of new columns are ever computed, in float64. Memory: held columns x D in the precision
-    of the data, plus their Gram matrix.
-    """
-
-    def __init__(self, matrix: GradientMatrix, target: Float64Array) -> None:
-        self._matrix, self._target = matrix, target
-        self._slot = np.full(matrix.shape[1], -1, dtype=np.int64)
-        self._ids = _NO_IDS
-        self._rows: FloatArray = np.empty((0, matrix.shape[0]), dtype=np.float32)
-        self._gram = np.empty((0, 0))
-        self._atb = np.empty(0)
-
-    def load(self, ids: IntArray) -> None:
-        """Fetch those of `ids` [m] that are not held and form their products with all that are."""
-        new = ids[self._slot[ids] < 0]
-        if not new.size:
-            return
-        held, total = len(self._ids), len(self._ids) + len(new)
-        rows = self._matrix.columns(new).T
-        self._reserve(total, rows.dtype)
-        self._rows[held:total] = rows
-        self._gram[held:total, :total] = _products(self._rows[held:total], self._rows[:total])
-        self._gram[:held, held:total] = self._gram[held:total, :held].T
-        self._atb[held:total] = _products(self._rows[held:total], self._target[None])[:, 0]
-        self._slot[new] = np.arange(held, total)
-        self._ids = np.concatenate([self._ids, new])
-
-    def keep(self, ids: IntArray) -> None:
-        """Let go of every column but `ids` [m]."""
-        slots = np.sort(self._slot[ids][self._slot[ids] >= 0])
-        if len(slots) == len(self._ids):
-            return
-        self._slot[self._ids] = -1
-        self._ids = self._ids[slots]
-        self._slot[self._ids] = np.arange(len(slots))
-        self._rows = self._rows[slots]
-        self._gram = self._gram[np.ix_(slots, slots)]
-        self._atb = self._atb[slots]
-
-    def gram(self, ids: IntArray, others: IntArray | None = None) -> Float64Array:
-        """Products of the held columns `ids` [m] with `others` (default: themselves): float64 [m, n]."""
-        return self._gram[np.ix_(self._slot[ids], self._slot[ids if others is None else others])]
-
-    def atb(self, ids: IntArray) -> Float64Array:
-        """Products of the held columns `ids` [m] with the target: float64 [m]."""
-        return self._atb[self._slot[ids]]
-
-    def residual(self, ids: IntArray, x: Float64Array) -> Float64Array:
-        """b - A_ids x for held columns: float64 [D]."""
-        r = self._target.copy()
-        step = max(1, _PIECE_BYTES // (8 * len(r)))
-        for start in range(0, len(ids), step):
-            rows = self._rows[self._slot[ids[start : start + step]]]
-            r -= x[start : start + step] @ rows.astype(np.float64, copy=False)
-        return r
-
-    def _reserve(self, total: int, dtype: np.dtype) -> None:
-        """Room for `total` columns; doubling keeps one-at-a-time growth from copying everything each time."""
-        held = len(self._ids)
-        dtype = np.promote_types(self._rows.dtype, dtype)
-        if total <= len(self._rows) and dtype == self._rows.dtype:
-            return
-        room = max(total, min(2 * held, self._matrix.shape[1]))
-        rows = np.empty((room, self._matrix.shape[0]), dtype=dtype)
-        gram, atb = np.empty((room, room)), np.empty(room)
-        rows[:held], gram[:held, :held], atb[:held] = (
-            self._rows[:held],
-            self._gram[:held, :held],
-            self._atb[:held],
-        )
-        self._rows, self._gram, self._atb = rows, gram, atb
 
 
 class CandidatePool:
@@ -96,91 +22,87 @@ class CandidatePool:
     never in the pool.
     """
 
-    def __init__(self, cache: CandidateCache, norms: Float64Array, max_coherence: float | None) -> None:
-        self._cache, self._norms = cache, norms
-        self._coherence = np.inf if max_coherence is None else float(max_coherence)
+    def __init__(self, held: HeldColumns, norms: Float64Array, max_coherence: float | None) -> None:
+        self._held = held
+        self._coherence = None if max_coherence is None else min(float(max_coherence), _SAME)
         self._available = norms > 0
-        self._taken = _NO_IDS
         self._copies: dict[int, int] = {}
+        self.taken = _NO_IDS
 
     @property
     def copies(self) -> dict[int, int]:
         """Id of each atom set aside -> id of the atom it is a copy of (which is never itself set aside)."""
         return {copy: self._representative(original) for copy, original in sorted(self._copies.items())}
 
-    @property
-    def taken(self) -> IntArray:
-        """Atoms chosen by earlier layers; the cache must hold them, to recognise their copies."""
-        return self._taken
+    def set_aside(self, copies: dict[int, int]) -> None:
+        """Know of copies that were found earlier."""
+        self._available[list(copies)] = False
+        self._copies.update(copies)
+
+    def free(self, ids: IntArray) -> NDArray[np.bool_]:
+        """Which of `ids` [m] are neither taken, nor set aside, nor of norm zero."""
+        return self._available[ids]
 
     def take(self, ids: IntArray) -> None:
-        """Remove `ids` from the pool; their copies will be recognised and set aside as well."""
+        """Remove `ids` from the pool; their copies will be recognised and set aside as well.
+
+        They must be held from then on, to recognise their copies.
+        """
         self._available[ids] = False
-        self._taken = np.concatenate([self._taken, ids])
+        self.taken = np.concatenate([self.taken, ids])
 
     def draw(self, scores: Float64Array, support: IntArray, count: int, least: Float64Array) -> IntArray:
         """Up to `count` distinct atoms outside `support` with scores [N] above `least` [N], best first.
 
-        They are held by the cache afterwards, together with `support` and the taken atoms.
+        They are held afterwards, together with `support` and the taken atoms.
         """
         ranked = self._ranked(scores, support, least)
-        protected = np.concatenate([self._taken, support])
-        self._cache.load(protected)
+        protected = np.concatenate([self.taken, support])
+        self._held.load(protected)
         drawn, seen = _NO_IDS, 0
         while drawn.size < count and seen < ranked.size:
             # At least half of `count` at a time, so that long runs of copies take few rounds.
             chunk = ranked[seen : seen + max(count - drawn.size, (count + 1) // 2)]
             seen += chunk.size
-            self._cache.load(chunk)
+            self._held.load(chunk)
             drawn = np.concatenate([drawn, chunk])
-            if self._coherence <= 1:
-                drawn = self._distinct(drawn, protected)
+            if self._coherence is not None:
+                drawn = self._distinct(drawn, protected, self._coherence)
                 if drawn.size < count:
-                    self._cache.keep(np.concatenate([protected, drawn]))
+                    self._held.keep(np.concatenate([protected, drawn]))
         return drawn[np.lexsort((drawn, -scores[drawn]))][:count]
 
     def _ranked(self, scores: Float64Array, support: IntArray, least: Float64Array) -> IntArray:
+        """All eligible atoms by falling score, equal ones by id."""
         eligible = self._available & (scores > least)
         eligible[support] = False
         ids = np.flatnonzero(eligible)
         return ids[np.argsort(-scores[ids], kind="stable")]
 
-    def _distinct(self, ids: IntArray, protected: IntArray) -> IntArray:
+    def _distinct(self, ids: IntArray, protected: IntArray, coherence: float) -> IntArray:
         """`ids` in ascending order without those that are copies of a protected atom or of a lower id."""
         ids = np.sort(ids)
-        if protected.size:
-            cosines = self._cosines(ids, protected)
-            nearest = cosines.argmax(axis=1)
-            copied = cosines[np.arange(len(ids)), nearest] >= self._coherence
-            self._set_aside(ids[copied], protected[nearest[copied]])
-            ids = ids[~copied]
-        alike = np.triu(self._cosines(ids, ids) >= self._coherence, k=1)
         alive = np.ones(len(ids), dtype=bool)
-        for i in np.flatnonzero(alike.any(axis=1)):
-            if alive[i]:
-                copied = alike[i] & alive
+        if protected.size:
+            for i, near in self._held.alike(ids, protected, coherence):
+                cosines = self._held.cosines(ids[i], protected[near])
+                if cosines.max() >= coherence:
+                    alive[i] = False
+                    self._set_aside(ids[i], protected[near[cosines.argmax()]])
+        for i, near in self._held.alike(ids, ids, coherence):
+            later = near[(near > i) & alive[near]]
+            if alive[i] and later.size:
+                copied = later[self._held.cosines(ids[i], ids[later]) >= coherence]
                 alive[copied] = False
-                self._set_aside(ids[copied], np.full(np.count_nonzero(copied), ids[i]))
+                for copy in ids[copied].tolist():
+                    self._set_aside(copy, ids[i])
         return ids[alive]
 
-    def _cosines(self, ids: IntArray, others: IntArray) -> Float64Array:
-        return self._cache.gram(ids, others) / self._norms[ids, None] / self._norms[others]
-
-    def _set_aside(self, copies: IntArray, originals: IntArray) -> None:
-        self._available[copies] = False
-        self._copies.update(zip(copies.tolist(), originals.tolist(), strict=True))
+    def _set_aside(self, copy: int, original: int) -> None:
+        self._available[copy] = False
+        self._copies[int(copy)] = int(original)
 
     def _representative(self, original: int) -> int:
         while original in self._copies:
             original = self._copies[original]
         return original
-
-
-def _products(rows: FloatArray, others: FloatArray) -> Float64Array:
-    """rows [m, D] times others [n, D]^T in float64, widening a bounded number of entries at a time."""
-    total = np.zeros((len(rows), len(others)))
-    step = max(1, _PIECE_BYTES // (8 * (len(rows) + len(others))))
-    for start in range(0, rows.shape[1], step):
-        left = rows[:, start : start + step].astype(np.float64, copy=False)
-        total += left @ others[:, start : start + step].astype(np.float64, copy=False).T
-    return total

@@ -19,6 +19,7 @@ from numba.extending import intrinsic
 
 # Sums may be regrouped (that is what makes them fast), but NaN and infinity keep their meaning.
 _SUMS = {"reassoc", "contract", "nsz"}
+_SPAN = 4096  # elements of a sum that are worked on at a time
 _CHUNK = 1024  # elements summed in the precision of r before float64 takes over
 _WIDE = {types.int8: types.float32, types.int16: types.float32, types.uint16: types.float32}
 
@@ -44,9 +45,9 @@ _widen: Any = intrinsic(_widen_stored)  # as kernels call it, with the element a
 
 
 @njit(nogil=True, fastmath=_SUMS)
-def dots(rows: Any, R: Any, out: Any) -> None:
-    """Inner products of rows [n, d] with each of R [q, d] (of their widened type): into out [n, q] float64."""
-    n, width = rows.shape
+def dots(rows: Any, ids: Any, R: Any, out: Any) -> None:
+    """Inner products of rows `ids` [n] with each of R [q, d] (of their widened type): into out [n, q] float64."""
+    n, width = len(ids), rows.shape[1]
     zero = R.dtype.type(0)
     for i in range(0, n, 4):
         i_b, i_c, i_d = min(i + 1, n - 1), min(i + 2, n - 1), min(i + 3, n - 1)  # the last four may overlap
@@ -54,8 +55,8 @@ def dots(rows: Any, R: Any, out: Any) -> None:
             sum_a, sum_b, sum_c, sum_d = 0.0, 0.0, 0.0, 0.0
             for start in range(0, width, _CHUNK):
                 stop = min(start + _CHUNK, width)
-                r, a, b = R[k, start:stop], rows[i, start:stop], rows[i_b, start:stop]
-                c, d = rows[i_c, start:stop], rows[i_d, start:stop]
+                r, a, b = R[k, start:stop], rows[ids[i], start:stop], rows[ids[i_b], start:stop]
+                c, d = rows[ids[i_c], start:stop], rows[ids[i_d], start:stop]
                 part_a, part_b, part_c, part_d = zero, zero, zero, zero
                 for j in range(len(r)):
                     part_a += _widen(a[j]) * r[j]
@@ -67,12 +68,12 @@ def dots(rows: Any, R: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath=_SUMS)
-def squares(rows: Any, out: Any) -> None:
-    """Squared Euclidean norms of rows [n, d], summed in float64: into out [n] float64."""
-    for i in range(len(rows)):
-        total = 0.0
-        for j in range(rows.shape[1]):
-            value = np.float64(_widen(rows[i, j]))
+def squares(rows: Any, ids: Any, out: Any) -> None:
+    """Squared Euclidean norms of rows `ids` [n], summed in float64: into out [n] float64."""
+    for i in range(len(ids)):
+        total, row = 0.0, rows[ids[i]]
+        for j in range(len(row)):
+            value = np.float64(_widen(row[j]))
             total += value * value
         out[i] = total
 
@@ -87,10 +88,19 @@ def gather(rows: Any, ids: Any, scale: Any, where: Any, out: Any) -> None:
 
 
 @njit(nogil=True, fastmath={"contract"})
-def accumulate(rows: Any, ids: Any, weights: Any, start: int, stop: int, total: Any) -> None:
-    """Add the columns start:stop of the sum of rows `ids` [m] times weights [m] float64 to total [d] float64."""
-    part = total[start:stop]
-    for k in range(len(ids)):
-        row, weight = rows[ids[k], start:stop], weights[k]
-        for j in range(len(row)):
-            part[j] += weight * _widen(row[j])
+def accumulate(rows: Any, ids: Any, weights: Any, total: Any) -> None:
+    """Add the sum of rows `ids` [m] times weights [m] float64 to total [d] float64."""
+    m, width = len(ids), len(total)
+    for start in range(0, width, _SPAN):  # so that the sums stay in the nearest cache
+        stop = min(start + _SPAN, width)
+        part = total[start:stop]
+        for k in range(0, m - m % 4, 4):
+            a, b = rows[ids[k], start:stop], rows[ids[k + 1], start:stop]
+            c, d = rows[ids[k + 2], start:stop], rows[ids[k + 3], start:stop]
+            w_a, w_b, w_c, w_d = weights[k], weights[k + 1], weights[k + 2], weights[k + 3]
+            for j in range(len(part)):
+                part[j] += (w_a * _widen(a[j]) + w_b * _widen(b[j])) + (w_c * _widen(c[j]) + w_d * _widen(d[j]))
+        for k in range(m - m % 4, m):
+            row, weight = rows[ids[k], start:stop], weights[k]
+            for j in range(len(part)):
+                part[j] += weight * _widen(row[j])

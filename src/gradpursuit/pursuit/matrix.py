@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import issparse
 
 from gradpursuit.errors import PursuitError
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray, Rows
@@ -29,8 +30,12 @@ class GradientMatrix(Protocol):
     def shape(self) -> tuple[int, int]:
         """(D, N): length of an atom, number of atoms."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass reads."""
+
     def correlate(self, r: FloatArray) -> Float64Array:
-        """A^T r for r [D]: float64 [N], one sequential pass over the data."""
+        """A^T r for r [D]: float64 [N], or for r [D, q]: [N, q]; one sequential pass over the data."""
 
     def columns(self, ids: IntArray) -> FloatArray:
         """The atoms `ids` [m] as an array [D, m], float32 or float64."""
@@ -54,29 +59,39 @@ class DenseMatrix:
 
     def __init__(self, X: ArrayLike) -> None:
         self._X = _as_floats(X)
+        if self._X.ndim == 2 and self._X.shape[1] == 0:
+            raise PursuitError(
+                f"the gradient matrix has 0 feature(s) (shape={self._X.shape}) while a minimum of 1 is required: one "
+                "column for each example of the pool."
+            )
         if self._X.ndim != 2 or 0 in self._X.shape:
             raise PursuitError(
                 f"the gradient matrix has shape {self._X.shape}; a pursuit needs a matrix [D, N] with at least one row "
-                "and one column. Pass the features of the pool as columns, for example `features.T`."
+                "and one column. Reshape your data: pass the features of the pool as columns, for example `features.T`."
             )
-        self._squared_norms = _require_finite(self._compute_squared_norms())
+        self._squared_norms = require_finite(self._compute_squared_norms())
 
     @property
     def shape(self) -> tuple[int, int]:
         """(D, N)."""
         return self._X.shape[0], self._X.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass reads."""
+        return self._X.nbytes
+
     def correlate(self, r: FloatArray) -> Float64Array:
-        """A^T r for r [D]: float64 [N]."""
+        """A^T r for r [D]: float64 [N]; or for r [D, q]: [N, q], still one pass."""
         return (self._X.T @ np.asarray(r, dtype=self._X.dtype)).astype(np.float64, copy=False)
 
     def columns(self, ids: IntArray) -> FloatArray:
         """The atoms `ids` [m] as an array [D, m] in the precision of the data."""
-        return self._X.T[_as_ids(ids, self.shape[1])].T
+        return self._X.T[as_ids(ids, self.shape[1])].T
 
     def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
         """Weighted sum of atoms, float64 [D]."""
-        ids, x = _as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
+        ids, x = as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
         total = np.zeros(self.shape[0])
         for piece in _pieces(len(ids), 8 * self.shape[0]):
             total += x[piece] @ self._X.T[ids[piece]].astype(np.float64, copy=False)
@@ -129,6 +144,11 @@ class TrajectoryMatrix:
         """(D, N)."""
         return self._shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one pass reads."""
+        return sum(rows.nbytes for rows in self._rows)
+
     def correlate(self, r: FloatArray) -> Float64Array:
         """A^T r for r [D]: float64 [N], one sequential pass; or for r [D, q]: [N, q], still one pass.
 
@@ -142,7 +162,7 @@ class TrajectoryMatrix:
 
     def columns(self, ids: IntArray) -> FloatArray:
         """The atoms `ids` [m] as an array [D, m] (the transposed view of contiguous rows [m, D])."""
-        ids = _as_ids(ids, self.shape[1])
+        ids = as_ids(ids, self.shape[1])
         atoms = np.empty((len(ids), self.shape[0]), dtype=self._dtype)
         for t, rows in enumerate(self._rows):
             rows.gather(ids, self._scale[t, ids], atoms[:, self._offsets[t] : self._offsets[t + 1]])
@@ -150,38 +170,45 @@ class TrajectoryMatrix:
 
     def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
         """Weighted sum of atoms, float64 [D]."""
-        ids, x = _as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
+        ids, x = as_ids(ids, self.shape[1]), np.asarray(x, dtype=np.float64)
         return np.concatenate([rows.combine(ids, x * self._scale[t, ids]) for t, rows in enumerate(self._rows)])
 
     def squared_norms(self) -> Float64Array:
         """Squared Euclidean norm of every atom: float64 [N]; the first call is one pass over the data."""
         if self._squared_norms is None:
             norms = sum(self._scale[t] ** 2 * rows.squares() for t, rows in enumerate(self._rows))
-            self._squared_norms = _require_finite(np.asarray(norms))
+            self._squared_norms = require_finite(np.asarray(norms))
         return self._squared_norms
 
 
 def as_matrix(X: Any) -> GradientMatrix:
-    """X itself if it is a :class:`GradientMatrix`, else a :class:`DenseMatrix` of the array or tensor [D, N].
+    """X itself if it is a :class:`GradientMatrix`, else a matrix of the array or tensor [D, N], where it lies.
 
     Raises :class:`PursuitError` for anything that is not a finite, non-empty matrix.
     """
-    return X if isinstance(X, GradientMatrix) else DenseMatrix(X)
+    if isinstance(X, GradientMatrix):
+        return X
+    if getattr(getattr(X, "device", None), "type", "cpu") != "cpu":  # a torch tensor, without importing torch
+        from gradpursuit.pursuit.tensor import TensorMatrix
+
+        return TensorMatrix(X)
+    return DenseMatrix(X)
 
 
 def as_vector(values: Any, length: int, name: str) -> Float64Array:
-    """`values` as a finite float64 vector [length]; `name` is what the error calls it."""
+    """`values` as a finite float64 vector [length], or as several [length, q]; `name` is what the error calls it."""
     vector = _as_floats(values).astype(np.float64, copy=False)
-    if vector.shape != (length,):
+    if vector.ndim not in (1, 2) or vector.shape[0] != length or 0 in vector.shape:
         raise PursuitError(
             f"{name} has shape {vector.shape}, but the gradient matrix needs ({length},): one entry for each of its "
             "rows. Use the same checkpoints and the same projection for pool and target."
         )
-    bad = np.flatnonzero(~np.isfinite(vector))
-    if bad.size:
+    bad = np.argwhere(~np.isfinite(vector))
+    if len(bad):
+        where = ", ".join(map(str, bad[0]))
         raise PursuitError(
-            f"{name} has {bad.size} entries that are not finite, the first {vector[bad[0]]} at index {bad[0]}. Drop "
-            "the examples whose gradient overflowed, or compute gradients in a wider precision."
+            f"{name} has {len(bad)} entries that are not finite, the first {vector[tuple(bad[0])]} at index {where}. "
+            "Drop the examples whose gradient overflowed, or compute gradients in a wider precision."
         )
     return vector
 
@@ -191,9 +218,19 @@ def _as_floats(values: Any) -> FloatArray:
         values = values.detach().cpu()
         # NumPy has no bfloat16
         values = (values.float() if values.dtype.itemsize < 4 else values).numpy()
+    if issparse(values):
+        raise PursuitError(
+            "the data is a sparse matrix; gradients are dense, and a pursuit reads them so. Pass a dense array, for "
+            "example `X.toarray()`."
+        )
     array = np.asarray(values)
     if array.dtype.name == "bfloat16":  # of ml_dtypes
         return array.astype(np.float32)
+    if array.dtype.kind == "c":
+        raise PursuitError(
+            f"Complex data not supported: values of type {array.dtype} are not real numbers. Pass real and imaginary "
+            "parts as rows of their own."
+        )
     if array.dtype.kind not in "fiub":
         raise PursuitError(
             f"values of type {array.dtype} are not real numbers. Pass a NumPy array or torch tensor of floats."
@@ -233,7 +270,8 @@ def _stacked_layout(checkpoints: list[Rows]) -> tuple[IntArray, int]:
     return offsets, counts[0]
 
 
-def _as_ids(ids: IntArray, N: int) -> IntArray:
+def as_ids(ids: IntArray, N: int) -> IntArray:
+    """`ids` as int64; raises :class:`PursuitError` if one is not in 0..N-1."""
     array = np.asarray(ids, dtype=np.int64)
     if array.size and (array.min() < 0 or array.max() >= N):
         raise PursuitError(f"column ids run from {array.min()} to {array.max()}; this matrix has 0..{N - 1}.")
@@ -250,13 +288,14 @@ def _row_squares(rows: FloatArray) -> Float64Array:
     """Squared norms of rows [n, d], in float64; an overflow is reported by whoever reads the result."""
     squares = np.empty(len(rows))
     with np.errstate(over="ignore", invalid="ignore"):
-        for piece in _pieces(len(rows), 8 * rows.shape[1]):
+        for piece in _pieces(len(rows), 64 * 8 * rows.shape[1]):  # of 1 MB, so that what is widened stays in the cache
             wide = rows[piece].astype(np.float64)
             squares[piece] = np.einsum("nd,nd->n", wide, wide)
     return squares
 
 
-def _require_finite(squared_norms: Float64Array) -> Float64Array:
+def require_finite(squared_norms: Float64Array) -> Float64Array:
+    """`squared_norms` [N], read-only; raises :class:`PursuitError` if one is not finite."""
     bad = np.flatnonzero(~np.isfinite(squared_norms))
     if bad.size:
         raise PursuitError(

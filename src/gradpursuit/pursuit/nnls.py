@@ -86,10 +86,11 @@ def kkt_violation(gram: Float64Array, atb: Float64Array, x: Float64Array, ridge:
     """The violation of the optimality conditions at x [n] >= 0, as defined in :func:`nnls`."""
     lengths = _lengths(gram, atb, ridge)
     y = (gram @ x + ridge * x - atb) / lengths
-    return _violation(y, x, float(np.abs(atb / lengths).max(initial=0.0)))
+    return violation(y, x, float(np.abs(atb / lengths).max(initial=0.0)))
 
 
-def _violation(y: Float64Array, x: Float64Array, scale: float) -> float:
+def violation(y: Float64Array, x: Float64Array, scale: float) -> float:
+    """The violation at x >= 0, from the gradient y / s and the largest |atb| / s, as defined in :func:`nnls`."""
     worst = float(np.where(x > 0, np.abs(y), np.maximum(-y, 0.0)).max(initial=0.0))
     return worst / scale if worst else 0.0
 
@@ -141,7 +142,7 @@ class _Pivoting:
         return self.H @ x - self.q
 
     def violation(self, x: Float64Array) -> float:
-        return _violation(self.gradient(x), x, self.scale)
+        return violation(self.gradient(x), x, self.scale)
 
     def solve_near(self, anchor: Float64Array) -> Float64Array:
         """One proximal pass; a larger shift if rounding left the matrix indefinite."""

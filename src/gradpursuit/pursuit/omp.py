@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy.linalg import solve_triangular
+from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
-from gradpursuit.pursuit.base import MATCHED, Layer, PursuitProblem, PursuitRegressor, SupportFit, record
+from gradpursuit.pursuit.base import PursuitRegressor
+from gradpursuit.pursuit.loop import FINAL, Callback, Layer, Steps
 from gradpursuit.pursuit.matrix import Float64Array, IntArray
+from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
+logger = logging.getLogger("gradpursuit")
 _SAFE_PIVOT = 1e-10  # squared, relative length of an atom outside the span of the others
 
 
@@ -22,8 +28,8 @@ class NonNegativeOMP(PursuitRegressor):
 
     Parameters
     ----------
-    n_nonzero_coefs : int
-        The budget k, 1 ≤ k ≤ N.
+    n_nonzero_coefs : int or None
+        The budget k, 1 ≤ k ≤ N. None: a tenth of N.
     alpha : float
         Ridge, relative: λ = alpha × the mean squared norm of the atoms.
     tol : float
@@ -32,12 +38,12 @@ class NonNegativeOMP(PursuitRegressor):
 
     Attributes
     ----------
-    coef_, support_, layers_, residual_path_, objective_path_, path_, kkt_, n_iter_, stop_reason_, copies_,
-    n_features_in_
+    coef_, support_, layers_, residual_path_, objective_path_, path_, steps_, kkt_, n_iter_, stop_reason_,
+    n_features_in_, feature_names_in_
         As in :class:`GradientTrajectoryPursuit`, except: `support_` is in the order in which the atoms
-        were chosen, `layers_` is all ones, `stop_reason_` has one entry ("budget filled", "target
-        matched", "no positive correlation", "converged" or "iteration limit"), and `copies_` is empty:
-        copies are not looked for.
+        were chosen, `layers_` is all ones and `stop_reason_` has one entry ("budget filled", "target
+        matched", "no positive correlation", "converged", "iteration limit" or "interrupted"). Copies are not
+        looked for.
 
     References
     ----------
@@ -46,44 +52,95 @@ class NonNegativeOMP(PursuitRegressor):
     of the K-SVD algorithm using Batch-OMP", 2008 (the growing Cholesky factor).
     """
 
-    def __init__(self, n_nonzero_coefs: int, *, alpha: float = 0.0, tol: float = 1e-10) -> None:
+    tol: float
+
+    def __init__(self, n_nonzero_coefs: int | None = None, *, alpha: float = 0.0, tol: float = 1e-10) -> None:
         self.n_nonzero_coefs = n_nonzero_coefs
         self.alpha = alpha
         self.tol = tol
 
-    def fit(self, X: Any, y: Any) -> NonNegativeOMP:
+    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> NonNegativeOMP:
         """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for the target y [D].
 
-        Raises :class:`PursuitError` as :meth:`GradientTrajectoryPursuit.fit` does.
+        callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is
+        pursued.
         """
-        problem = self._problem(X, y)
-        layer = self._pursue(problem)
-        self._publish(problem, [layer], [layer.stop_reason], {})
+        matrix, target = self._numbers(X, y)
+        budget = self._budget(matrix)
+        problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
+        steps = Steps(problem, callback)
+        layer = Layer(problem.empty(), [])
+        try:
+            self._pursue(problem, budget, layer, steps)
+        except KeyboardInterrupt:
+            problem.held.release()  # it may have been interrupted half-way through a change
+            logger.warning("interrupted: the pursuit ends with the best support so far")
+        if len(layer.fit.ids):
+            problem.held.load(layer.fit.ids)
+            kkt = problem.gram.violation(layer.fit.ids, layer.fit.weights, problem.ridge)
+            layer.fit = replace(layer.fit, kkt=kkt)
+        self._publish([(problem, [layer])])
         return self
 
-    def _pursue(self, problem: PursuitProblem) -> Layer:
-        best, factor = problem.empty(), GrowingCholesky()
-        path, passes, reason = [record(1, 0, best)], 0, "budget filled"
+    @property
+    def _least_residual(self) -> float:
+        """The relative residual at which the target is matched."""
+        return MATCHED
+
+    @property
+    def _least_gain(self) -> float:
+        """The share of the objective that an atom must gain."""
+        return self.tol
+
+    def _pursue(self, problem: PursuitProblem, budget: int, layer: Layer, steps: Steps) -> None:
+        factor = GrowingCholesky()
+        steps.record(layer, 1, 0)
         # Atoms can leave again, so passes are counted; the falling objective alone would bound them too late.
-        while len(best.ids) < self.n_nonzero_coefs:
-            if passes == 10 * self.n_nonzero_coefs + 100:
-                reason = "iteration limit"
-                break
-            passes += 1
-            atom = _best_atom(problem, best)
+        while layer.n_iter < 10 * budget + 100:
+            if len(layer.fit.ids) == budget:
+                layer.stop_reason = "budget filled"
+                return
+            layer.n_iter += 1
+            atom = _best_atom(problem, layer.fit)
             if atom is None:
-                reason = "no positive correlation"
-                break
-            grown, factor = _refit(problem, best, atom, factor)
-            if not grown.improves(best, self.tol):
-                reason = "converged"
-                break
-            best = grown
-            path.append(record(1, passes, best))
-            if best.relative_residual <= MATCHED:
-                reason = "target matched"
-                break
-        return Layer(best, path, passes, reason)
+                layer.stop_reason = "no positive correlation"
+                return
+            grown, factor = _refit(problem, layer.fit, atom, factor)
+            if not grown.improves(layer.fit, self._least_gain):
+                layer.stop_reason = "converged"
+                return
+            layer.fit = grown
+            steps.record(layer, 1, layer.n_iter)
+            if grown.relative_residual <= self._least_residual:
+                layer.stop_reason = "target matched"
+                return
+        layer.stop_reason = "iteration limit"
+
+
+class GradMatch(NonNegativeOMP):
+    """The selection of GradMatch: non-negative OMP with a ridge, until the residual is small enough.
+
+    Parameters, attributes and methods as in :class:`NonNegativeOMP`, but: `alpha` is 0.5, the paper's λ, relative to
+    the mean squared norm; `tol` is the relative residual ‖b − A w‖/‖b‖ at which it ends with "target matched". (The
+    authors' code has an absolute λ and drops negative weights one by one; here all weights are exact, with the same
+    rule for the next atom.)
+
+    References
+    ----------
+    Killamsetty, Sivasubramanian, Ramakrishnan, De, Iyer, "GRAD-MATCH: Gradient Matching based Data Subset Selection for
+    Efficient Deep Model Training", arXiv 2103.00123.
+    """
+
+    def __init__(self, n_nonzero_coefs: int | None = None, *, alpha: float = 0.5, tol: float = 1e-4) -> None:
+        super().__init__(n_nonzero_coefs, alpha=alpha, tol=tol)
+
+    @property
+    def _least_residual(self) -> float:
+        return max(self.tol, MATCHED)
+
+    @property
+    def _least_gain(self) -> float:
+        return 0.0
 
 
 class GrowingCholesky:
@@ -97,6 +154,11 @@ class GrowingCholesky:
     def of(cls, gram: Float64Array, ridge: float) -> GrowingCholesky:
         """The factor of gram [n, n] + ridge·I; its size is below n if an atom is dependent."""
         factor = cls()
+        with suppress(LinAlgError):
+            L = cholesky(gram + ridge * np.eye(len(gram)), lower=True, check_finite=False)
+            if (np.diagonal(L) ** 2 > _SAFE_PIVOT * (np.diagonal(gram) + ridge)).all():
+                factor._L, factor.size = L, len(gram)
+                return factor
         for i, row in enumerate(gram):
             if not factor.append(row[:i], row[i] + ridge):
                 break
@@ -124,7 +186,7 @@ class GrowingCholesky:
 
 
 def _best_atom(problem: PursuitProblem, best: SupportFit) -> int | None:
-    scores = problem.matrix.correlate(best.residual)
+    scores = problem.scores(best)
     scores[best.ids] = 0.0
     scores[scores <= problem.least_score(best)] = 0.0
     atom = int(np.argmax(scores))
@@ -137,13 +199,13 @@ def _refit(
     """The fit on the support with `atom`: from scratch only where a weight turns negative."""
     new: IntArray = np.array([atom], dtype=np.int64)
     ids = np.concatenate([best.ids, new])
-    problem.cache.load(new)
-    cross = problem.cache.gram(new, ids)[0]
+    problem.held.load(new)
+    cross = problem.gram.gram(new, ids)[0]
     if factor.size == len(best.ids) and factor.append(cross[:-1], cross[-1] + problem.ridge):
-        x = factor.solve(problem.cache.atb(ids))
+        x = factor.solve(problem.held.atb(ids)[:, 0])[:, None]
         if (x > 0).all():
-            return problem.evaluate(ids, x, problem.violation(ids, x)), factor
-    x, kkt = problem.solve(ids, np.append(best.weights, 0.0))
-    positive = problem.counts(ids, x)
+            return problem.evaluated(ids, x, problem.gram.residual(ids, x), 0.0), factor
+    x, r, _ = problem.gram.solve(ids, np.append(best.weights, [[0.0]], axis=0), problem.ridge, FINAL)
+    positive = np.sort(problem.ranked(ids, x))
     ids, x = ids[positive], x[positive]
-    return problem.evaluate(ids, x, kkt), GrowingCholesky.of(problem.cache.gram(ids), problem.ridge)
+    return problem.evaluated(ids, x, r, 0.0), GrowingCholesky.of(problem.gram.gram(ids), problem.ridge)

@@ -12,6 +12,8 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import GradientTrajectoryPursuit
 from gradpursuit.selection.base import Selection, SelectionProblem
 
+_PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
+
 
 class GTP:
     """Examples whose weighted gradients reproduce the target's along the trajectory (arXiv 2410.16710)."""
@@ -52,7 +54,7 @@ def pursuit_evidence(solver: Any) -> dict[str, Any]:
         "stop_reason": list(solver.stop_reason_),
         "kkt": float(solver.kkt_),
         "relative_residual": float(solver.residual_path_[-1]),
-        "path": [dict(zip(record._fields, map(float, record), strict=True)) for record in solver.path_],
+        "path": [{name: float(getattr(step, name)) for name in _PATH} for step in solver.steps_],
     }
 
 

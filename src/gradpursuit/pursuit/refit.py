@@ -1,0 +1,142 @@
+"""The weights of a support: non-negative least squares on held columns, by their Gram matrix or without it."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from gradpursuit.pursuit.held import HeldColumns, pieces
+from gradpursuit.pursuit.matrix import Float64Array, FloatArray, IntArray
+from gradpursuit.pursuit.newton import Columns, Tolerance, nnls_columns
+from gradpursuit.pursuit.nnls import kkt_violation, nnls
+
+EXACT = 1e-10  # the violation that a Gram matrix in float64 can reach
+_DIRECTIONS = 64  # of the preconditioner
+_NO_IDS: IntArray = np.empty(0, dtype=np.int64)
+
+
+class Refit(Protocol):
+    """Fits weights on held columns to the targets [D, q], each target on its own."""
+
+    def solve(
+        self, ids: IntArray, start: Float64Array, ridge: float, tol: Tolerance
+    ) -> tuple[Float64Array, Float64Array, float]:
+        """Weights [m, q] on `ids` [m] with zeros, residuals [D, q], and the largest KKT violation.
+
+        start: weights [m, q] to begin from. tol: how exact.
+        """
+
+
+class GramRefit:
+    """By the Gram matrix of all held columns, in float64, of which only new products are ever computed.
+
+    The exact and, up to some two thousand columns, the fastest way: time grows with their square.
+    """
+
+    def __init__(self, held: HeldColumns, targets: Float64Array) -> None:
+        self._held, self._targets = held, targets
+        self._serials = _NO_IDS
+        self._gram = np.empty((0, 0))
+
+    def gram(self, ids: IntArray, others: IntArray | None = None) -> Float64Array:
+        """Products of the held columns `ids` [m] with `others` (default: themselves): float64 [m, n]."""
+        self._follow()
+        slots = self._held.slots(ids)
+        return self._gram[np.ix_(slots, slots if others is None else self._held.slots(others))]
+
+    def solve(
+        self, ids: IntArray, start: Float64Array, ridge: float, tol: Tolerance
+    ) -> tuple[Float64Array, Float64Array, float]:
+        """As in :class:`Refit`, but always to :data:`EXACT`, which costs no more."""
+        gram, atb = self.gram(ids), self._held.atb(ids)
+        results = [nnls(gram, q, ridge=ridge, start=x, tol=EXACT) for q, x in zip(atb.T, start.T, strict=True)]
+        x = np.stack([result.x for result in results], axis=1)
+        return x, self.residual(ids, x), max(result.kkt for result in results)
+
+    def violation(self, ids: IntArray, x: Float64Array, ridge: float) -> float:
+        """The largest KKT violation of weights x [m, q] on held columns `ids` [m]."""
+        gram, atb = self.gram(ids), self._held.atb(ids)
+        return max(kkt_violation(gram, q, w, ridge) for q, w in zip(atb.T, x.T, strict=True))
+
+    def residual(self, ids: IntArray, x: Float64Array) -> Float64Array:
+        """b - A x for each target: float64 [D, q]."""
+        r, slots = self._targets.copy(), self._held.slots(ids)
+        for piece in pieces(len(ids), 8 * len(r)):
+            r -= self._held.entries(slots[piece]).T.astype(np.float64, copy=False) @ x[piece]
+        return r
+
+    def _follow(self) -> None:
+        """Let go of the products of columns that are held no more, and form those of new ones."""
+        serials = self._held.serials
+        known = np.flatnonzero(np.isin(self._serials, serials))
+        if len(known) < len(self._serials):
+            self._gram = self._gram[np.ix_(known, known)]
+        before, total = len(known), len(serials)
+        self._serials = serials
+        if total == before:
+            return
+        if total > len(self._gram):
+            larger = np.empty((max(total, min(2 * before, total + 1024)),) * 2)
+            larger[:before, :before] = self._gram[:before, :before]
+            self._gram = larger
+        new = slice(before, total)
+        self._gram[new, :total] = _products(self._held.entries(new), self._held.entries(slice(total)))
+        self._gram[:before, new] = self._gram[new, :before].T
+
+
+class NewtonRefit:
+    """By projected Newton steps on the columns themselves: time grows with their number, no memory beyond them."""
+
+    def __init__(self, held: HeldColumns, targets: Float64Array, norms: Float64Array) -> None:
+        self._held, self._targets, self._norms = held, targets, norms
+        self._serials = _NO_IDS
+        self._basis: FloatArray | None = None
+        self._shadows: FloatArray = np.empty((0, 0))
+
+    def solve(
+        self, ids: IntArray, start: Float64Array, ridge: float, tol: Tolerance
+    ) -> tuple[Float64Array, Float64Array, float]:
+        """As in :class:`Refit`."""
+        self._follow()
+        lengths, slots = np.sqrt(self._norms[ids] ** 2 + ridge), self._held.slots(ids)
+        columns = Columns(self._held.rows(), slots, ridge, lengths, self._shadows[slots])
+        solved = [
+            nnls_columns(columns, b, q, x, tol)
+            for b, q, x in zip(self._targets.T, self._held.atb(ids).T, start.T, strict=True)
+        ]
+        x = np.stack([result.x for result, _ in solved], axis=1)
+        return x, np.stack([r for _, r in solved], axis=1), max(result.kkt for result, _ in solved)
+
+    def _follow(self) -> None:
+        """The shadows of the columns that are held now; the basis is that of the first ones."""
+        serials = self._held.serials
+        known = np.flatnonzero(np.isin(self._serials, serials))
+        new = self._held.entries(slice(len(known), len(serials)))
+        self._serials = serials
+        if self._basis is None:
+            self._basis = _strongest_directions(new)
+        kept = self._shadows[known] if len(known) else np.empty((0, self._basis.shape[1]), dtype=self._basis.dtype)
+        self._shadows = np.concatenate([kept, new @ self._basis])
+
+
+def _strongest_directions(rows: FloatArray) -> FloatArray:
+    """An orthonormal basis [D, r] of the directions in which rows [n, D] are longest.
+
+    By a randomised range finder with one power iteration (Halko, Martinsson, Tropp, "Finding structure with
+    randomness", 2011), from a fixed seed: the basis decides how fast a refit is, not what it finds.
+    """
+    count = min(_DIRECTIONS, *rows.shape)
+    start = np.random.default_rng(0).standard_normal((len(rows), count)).astype(rows.dtype)
+    basis, _ = np.linalg.qr(rows.T @ start)
+    basis, _ = np.linalg.qr(rows.T @ (rows @ basis))
+    return basis
+
+
+def _products(rows: FloatArray, others: FloatArray) -> Float64Array:
+    """rows [m, D] times others [n, D]^T in float64, widening a bounded number of entries at a time."""
+    total = np.zeros((len(rows), len(others)))
+    for piece in pieces(rows.shape[1], 8 * (len(rows) + len(others))):
+        left = rows[:, piece].astype(np.float64, copy=False)
+        total += left @ others[:, piece].astype(np.float64, copy=False).T
+    return total
