@@ -22,16 +22,16 @@ class TensorMatrix:
     """
 
     def __init__(self, X: Any) -> None:
-        import torch
-
         if X.ndim != 2 or 0 in X.shape or not X.dtype.is_floating_point:
             raise PursuitError(
                 f"the tensor has shape {tuple(X.shape)} and type {X.dtype}; a pursuit needs floats [D, N] with at "
                 "least one row and one column. Pass the features of the pool as columns, for example `features.T`."
             )
         self._rows = X.detach().T
-        self._wide = torch.float64 if X.dtype == torch.float64 else torch.float32
-        squares = [(rows.double() ** 2).sum(1).cpu().numpy() for _, rows in self._pieces(8 * X.shape[0], widen=False)]
+        # Types and tensors are made by the tensor at hand, so that numbers alone need no torch.
+        double = X.new_empty(0).double().dtype
+        self._wide = double if X.dtype == double else X.new_empty(0).float().dtype
+        squares = [(rows.double() ** 2).sum(1).cpu().numpy() for rows in self._pieces(8 * X.shape[0], widen=False)]
         self._squared_norms = require_finite(np.concatenate(squares))
 
     @property
@@ -46,14 +46,11 @@ class TensorMatrix:
 
     def correlate(self, r: FloatArray) -> Float64Array:
         """A^T r for r [D]: float64 [N]; or for r [D, q]: [N, q], still one pass."""
-        import torch
-
-        vector = torch.as_tensor(np.ascontiguousarray(r)).to(self._rows.device, self._wide)
+        vector = self._rows.new_tensor(np.ascontiguousarray(r), dtype=self._wide)
         if self._rows.dtype == self._wide:
-            products = self._rows @ vector
-        else:
-            products = torch.cat([rows @ vector for _, rows in self._pieces(4 * self.shape[0], widen=True)])
-        return products.double().cpu().numpy()
+            return (self._rows @ vector).double().cpu().numpy()
+        pieces = self._pieces(4 * self.shape[0], widen=True)
+        return np.concatenate([(rows @ vector).double().cpu().numpy() for rows in pieces])
 
     def columns(self, ids: IntArray) -> FloatArray:
         """The atoms `ids` [m] as an array [D, m], float32 or float64."""
@@ -62,10 +59,8 @@ class TensorMatrix:
 
     def combine(self, ids: IntArray, x: FloatArray) -> Float64Array:
         """Weighted sum of atoms, float64 [D]."""
-        import torch
-
-        total = torch.zeros(self.shape[0], dtype=torch.float64, device=self._rows.device)
-        weights = torch.as_tensor(np.asarray(x, dtype=np.float64)).to(self._rows.device)
+        weights = self._rows.new_tensor(np.asarray(x), dtype=self._rows.new_empty(0).double().dtype)
+        total = weights.new_zeros(self.shape[0])
         step = max(1, _PIECE_BYTES // (8 * self.shape[0]))
         for start in range(0, len(ids), step):
             total += weights[start : start + step] @ self._gathered(ids[start : start + step]).double()
@@ -76,12 +71,11 @@ class TensorMatrix:
         return self._squared_norms
 
     def _gathered(self, ids: IntArray) -> Any:
-        import torch
-
-        return self._rows[torch.as_tensor(as_ids(ids, self.shape[1])).to(self._rows.device)]
+        places = as_ids(ids, self.shape[1])
+        return self._rows[self._rows.new_tensor(places, dtype=self._rows.new_empty(0).long().dtype)]
 
     def _pieces(self, row_bytes: int, *, widen: bool) -> Any:
         step = max(1, _PIECE_BYTES // row_bytes)
         for start in range(0, self.shape[1], step):
             rows = self._rows[start : start + step]
-            yield start, rows.to(self._wide) if widen else rows
+            yield rows.to(self._wide) if widen else rows
