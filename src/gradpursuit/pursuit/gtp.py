@@ -39,7 +39,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Most passes over the matrix for one layer.
     tol : float or None
         The pursuit ends when no step lowers the objective by more than this share of what is left of it, or of
-        what has been gained so far if that is less. None: 1e-6 for budgets up to 682, 1e-3 for larger ones.
+        what has been gained so far if that is less. None: 1e-6 for budgets up to 200, 1e-3 for larger ones.
     saturation : {"layers", "stop"}
         What to do if fewer than k atoms can have a positive weight. "layers": keep them as layer 1, remove
         them and their copies from the pool, and pursue the same target with the rest of the budget, until

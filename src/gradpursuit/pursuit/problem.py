@@ -22,7 +22,7 @@ _LEAST_COSINE = 1e-6
 # A share of the fit below this is a zero that rounding kept positive.
 _LEAST_CONTRIBUTION = 1e-9
 # From this many columns on a refit without their Gram matrix is faster (benchmarks/pursuit.py).
-GRAM_COLUMNS = 2048
+GRAM_COLUMNS = 600
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Refit(Protocol):
 class GramRefit:
     """By the Gram matrix of all held columns, in float64, of which only new products are ever computed.
 
-    The exact and, up to some two thousand columns, the fastest way: time grows with their square.
+    The exact and, up to some hundred columns, the fastest way: time grows with their square.
     """
 
     def __init__(self, held: HeldColumns, targets: Float64Array) -> None:
