@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import cho_factor, cho_solve
 
 from gradpursuit.pursuit.nnls import NNLSResult, violation
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray, Rows
-
-BoolArray = NDArray[np.bool_]
 
 _STEPS = 100  # Newton steps; five to fifteen are usual
 _INNER = 200  # conjugate gradient steps for one direction
