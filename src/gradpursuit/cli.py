@@ -245,7 +245,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.add_argument("--json", action="store_true", help="print it as JSON")
     verb.set_defaults(verb=status)
-    text = "time a few dozen rows and steps, and print what every stage will cost"
+    text = "time up to 128 rows and a few steps, and print what every stage will cost"
     verb = verbs.add_parser("estimate", help=text, description=f"{text}; leaves nothing behind", epilog=OVERRIDES)
     verb.add_argument("config", help="the configuration, a YAML file, or a run folder")
     verb.add_argument("--json", action="store_true", help="print it as JSON")

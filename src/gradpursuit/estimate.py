@@ -1,4 +1,4 @@
-"""What a run will cost, measured on a few dozen of its own rows before anything is spent."""
+"""What a run will cost, measured on up to 128 of its own rows before anything is spent."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Sample:
 
 
 def estimate(config: RunConfig) -> Estimate:
-    """Measure a few dozen rows and steps, and scale them up to the run. Leaves no run folder behind.
+    """Measure up to 128 rows of each table and a few steps, and scale them up to the run. Leaves no run folder behind.
 
     Raises:
         GradPursuitError: whatever the run itself would refuse of configuration, data and model.
