@@ -42,6 +42,7 @@ ORDER = {
             ("evaluation",),
             ("report",),
             ("gradient_stage",),
+            ("comparison_stage",),
             ("stages",),
             ("targets",),
             ("pipeline",),

@@ -12,7 +12,8 @@ from jinja2 import Environment
 
 from gradpursuit.config import RunConfig
 from gradpursuit.data import Table
-from gradpursuit.evaluation.table import Line, to_json
+from gradpursuit.evaluation.findings import Line
+from gradpursuit.evaluation.table import to_json
 from gradpursuit.files import write_json, write_text
 from gradpursuit.selection import Selection
 
