@@ -16,7 +16,7 @@ from gradpursuit.gradient_stage import choosable, load_problem, tuned_model
 from gradpursuit.manifest import digest_of
 
 if TYPE_CHECKING:
-    from gradpursuit.evaluation.compare import Arm
+    from gradpursuit.evaluation.compare import Arm, Setting
     from gradpursuit.evaluation.scoring import Scorer
     from gradpursuit.pipeline import Run
     from gradpursuit.selection import Selection
@@ -26,23 +26,14 @@ logger = logging.getLogger("gradpursuit")
 
 def compare(run: Run) -> dict[str, Any]:
     """The stage: `evaluation/` with results.jsonl, table.csv, differences.csv, table.md, summary.json, gain.png."""
-    from gradpursuit.evaluation.compare import Comparison, Setting
+    from gradpursuit.evaluation.compare import Comparison
     from gradpursuit.evaluation.findings import Findings
     from gradpursuit.evaluation.plot import plot_gains
     from gradpursuit.evaluation.table import to_json, write_tables
     from gradpursuit.files import write_json
 
     folder, runs = run.folder / "evaluation", target_runs(run)
-    setting = Setting(
-        tuned=partial(tuned_model, run),
-        compute=run.compute,
-        scorer=_scorer(run),
-        pool=run.table("pool"),
-        heldout={name: one.target_table("heldout") for name, one in runs.items()},
-        config=run.config.evaluation,
-        seed=run.config.seed,
-        origin=_origin(run),
-    )
+    setting = comparison_setting(run, runs)
     exported = {run.budget(setting.pool): run.selections()}
     made: list[Arm] = []
     for name, one in runs.items():
@@ -54,6 +45,22 @@ def compare(run: Run) -> dict[str, Any]:
     write_json(folder / "summary.json", to_json(findings.lines()))
     plot_gains(folder / "gain.png", findings)
     return {"targets": list(runs), "budgets": budgets(run), "cells": len(cells)}
+
+
+def comparison_setting(run: Run, runs: Mapping[str, Run]) -> Setting:
+    """What all cells of a comparison of the run share; `runs` looks at it for each of the targets."""
+    from gradpursuit.evaluation.compare import Setting
+
+    return Setting(
+        tuned=partial(tuned_model, run),
+        compute=run.compute,
+        scorer=_scorer(run),
+        pool=run.table("pool"),
+        heldout={name: one.target_table("heldout") for name, one in runs.items()},
+        config=run.config.evaluation,
+        seed=run.config.seed,
+        origin=_origin(run),
+    )
 
 
 def compared(run: Run) -> list[str]:

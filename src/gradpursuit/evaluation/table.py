@@ -157,7 +157,8 @@ def from_json(values: Sequence[Mapping[str, Any]]) -> list[Line]:
         if known["before"] is None:
             known["before"] = float("nan")
         if known["gain"]:
-            known["gain"] = Effect(**{name: float("nan") if v is None else v for name, v in known["gain"].items()})
+            gain: dict[str, Any] = {n: float("nan") if v is None else v for n, v in known["gain"].items()}
+            known["gain"] = Effect(**gain)
         made.append(Line(**known))
     return made
 
