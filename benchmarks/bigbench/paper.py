@@ -42,7 +42,9 @@ def paper(bench: Bench) -> None:
             matrix, target = problem.matching()
             k = math.ceil(plan["fraction"] * len(one.table("pool")))
             steps, supports = _pursue(one, matrix, target, k)
-            scored = _losses(one, name, [candidates[ids] for ids in supports], k)
+            scored = _losses(
+                one, name, {step["iteration"]: candidates[ids] for step, ids in zip(steps, supports, strict=True)}, k
+            )
             curves += [
                 {"target": name, "solver": "gtp", **step, **found} for step, found in zip(steps, scored, strict=True)
             ]
@@ -88,10 +90,10 @@ def _step(step: Any) -> dict[str, Any]:
     }
 
 
-def _losses(run: Run, name: str, supports: list[Any], k: int) -> list[dict[str, Any]]:
+def _losses(run: Run, name: str, supports: dict[int, Any], k: int) -> list[dict[str, Any]]:
     """Held-out loss and exact match after training on the support of every iteration, mean over seeds."""
     setting = comparison_setting(run, {name: run})
-    arms = [Arm(f"gtp after step {i}", name, k, [Selection.ranked(ids)]) for i, ids in enumerate(supports)]
+    arms = [Arm(f"gtp, iteration {i}", name, k, [Selection.ranked(ids)]) for i, ids in supports.items()]
     cells = Comparison(setting).run(arms, run.folder / "evaluation")
     found = []
     for arm in arms:

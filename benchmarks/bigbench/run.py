@@ -63,8 +63,8 @@ class Bench:
 
     @property
     def results(self) -> Path:
-        """Where the tables go that are kept."""
-        return HERE / "results" / self.size
+        """Where the tables go: those of a real size are kept beside this file."""
+        return self.folder / "results" if self.size == "tiny" else HERE / "results" / self.size
 
     def names(self, value: Any) -> Any:
         """The targets that TARGETS, SOME and DEVELOPMENT stand for."""
