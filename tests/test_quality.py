@@ -41,6 +41,7 @@ ORDER = {
             ("selection",),
             ("evaluation",),
             ("gradient_stage",),
+            ("comparison_stage",),
             ("report",),
             ("stages",),
             ("targets",),

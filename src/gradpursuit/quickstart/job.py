@@ -59,4 +59,5 @@ selection:
 evaluation:
   seeds: 2
   epochs: 5
+  endpoints: [base]
 """

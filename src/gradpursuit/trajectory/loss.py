@@ -64,25 +64,37 @@ class SupervisedLoss:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`(nll [B] float32, tokens [B] int64)` of a collated batch, which is moved to the device."""
+        logits, wanted, targets = self._logits(batch)
+        return self._mean(logits, wanted, targets)
+
+    def with_predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Beside that, the most likely token at every supervised position of each example, given all before it."""
+        logits, wanted, targets = self._logits(batch)
+        nll, tokens = self._mean(logits, wanted, targets)
+        likely = logits.argmax(dim=-1).cpu().split(tokens.tolist())
+        return nll, tokens, [row.tolist() for row in likely]
+
+    @staticmethod
+    def _mean(logits: Tensor, wanted: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
+        tokens = wanted.sum(dim=1)
+        row = wanted.nonzero()[:, 0]
+        total = torch.zeros(len(wanted), device=losses.device, dtype=torch.float32).index_add(0, row, losses)
+        return total / tokens, tokens
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [n, V] of the n supervised tokens, row by row, where they are [B, L], and the tokens [n]."""
         device = self._compute.device
         labels = batch["labels"].to(device)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, L]: what position l predicts
         wanted = targets != IGNORE
-        dtype = self._compute.autocast
-        with (
-            self._only(wanted),
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
+        with self._only(wanted), self._compute.precision():
             logits = self._model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
                 use_cache=False,
-            ).logits[0]  # [n, V]
-        losses = F.cross_entropy(logits.float(), targets[wanted], reduction="none")
-        tokens = wanted.sum(dim=1)
-        row = wanted.nonzero()[:, 0]
-        total = torch.zeros(len(labels), device=device, dtype=torch.float32).index_add(0, row, losses)
-        return total / tokens, tokens
+            ).logits[0]
+        return logits, wanted, targets[wanted]
 
     @contextmanager
     def _only(self, wanted: Tensor) -> Iterator[None]:
