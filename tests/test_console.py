@@ -117,7 +117,7 @@ def test_a_run_tells_people_on_stderr_and_programs_on_stdout(job: Job, capsys: p
     assert printed.err == ""
     assert main(["compare", str(job.run_dir), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [line["strategy"] for line in found["comparison"]] == ["gtp", "less", "random"]
+    assert [line["strategy"] for line in found["comparison"]] == ["gtp", "less", "random", "full"]
     assert found["seconds"]["evaluation"] > 0
     assert [Path(path).name for path in found["files"]] == ["evaluation", "report.html", "report.json"]
     assert found["next"] == f"python -m webbrowser {(job.run_dir / 'report.html').as_uri()}"

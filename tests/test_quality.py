@@ -42,6 +42,7 @@ ORDER = {
             ("selection",),
             ("evaluation",),
             ("gradient_stage",),
+            ("comparison_stage",),
             ("report",),
             ("stages",),
             ("targets",),

@@ -57,11 +57,11 @@ def test_stages_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
     found = status(folder, capsys)
     assert [stage["state"] for stage in found.values()] == ["complete"] * 7
     assert (found["selection"]["done"], found["export"]["total"]) == (3, 3)
-    assert (found["evaluation"]["done"], found["evaluation"]["total"]) == (7, 7)
+    assert (found["evaluation"]["done"], found["evaluation"]["total"]) == (9, 9)
     assert main(["status", str(folder)]) == 0
     text = capsys.readouterr().out
     assert "at work: nobody" in text
-    assert "7/7 cells" in text
+    assert "9/9 cells" in text
     assert "Traceback" not in text
 
 

@@ -69,6 +69,8 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
     first, last, _ = STAGE_VERBS[arguments.name]
     path = _config_file(arguments.run)
+    if getattr(arguments, "targets", None):
+        overrides = [*overrides, f"evaluation.targets={json.dumps(arguments.targets.split(','))}"]
     quiet_libraries()
     _execute(arguments, _load(path, overrides, arguments.run_dir), last, first)
 
@@ -282,6 +284,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         verb = verbs.add_parser(name, help=text, description=text, epilog=OVERRIDES)
         verb.add_argument("run", metavar="RUN", help="a run folder, or a configuration that names one")
         _add_run_dir(verb)
+        if name == "compare":
+            verb.add_argument("--targets", metavar="A,B", help="targets that were added, and `own`: evaluation.targets")
         verb.set_defaults(verb=stage, name=name)
     text = "show how far every stage is: state, rows done, rate and time left"
     verb = verbs.add_parser("status", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)

@@ -51,6 +51,20 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML 
 Fraction = Annotated[Number, Field(gt=0, le=1)]
 
 
+def _budget(value: Any) -> Any:
+    """A count of examples (an integer) or a share of the pool (anything else that is a number)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("expected a count of examples, such as 50, or a share of the pool, such as 0.05")
+    number = value if isinstance(value, int) else float(value)
+    if number <= 0 or (isinstance(number, float) and number > 1):
+        raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
+    return number
+
+
+Budget = Annotated[int | float, BeforeValidator(_budget)]
+OWN = "own"  # the target of data.target, among those that were added
+
+
 def target_name(name: str) -> str:
     """`name`, if it can be the name of an added target: of a folder, and of a flag's value that YAML reads as text.
 
@@ -62,6 +76,8 @@ def target_name(name: str) -> str:
             "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
             "YAML takes for a value (true, no, null, ...)"
         )
+    if name == OWN:
+        raise ValueError(f"'{OWN}' is what the run's own target is called")
     return name
 
 
@@ -265,10 +281,34 @@ class SelectionSection(Section):
 
 
 class EvaluationSection(Section):
-    """Fine-tuning on every subset and scoring on held-out target examples."""
+    """Fine-tuning on every subset and scoring on held-out target examples: strategies × budgets × protocols × seeds."""
 
-    seeds: Whole = Field(2, ge=1, description="fine-tuning runs per strategy")
-    epochs: Whole = Field(3, ge=1, description="passes over the k examples; the same steps for every strategy")
+    strategies: list[str] = Field(
+        default_factory=list, description="those of selection.strategies to compare, the reference first; empty: all"
+    )
+    targets: list[str] = Field(
+        default_factory=list,
+        description=f"added targets to choose for and to score ('{OWN}': that of data.target); empty: selection.target",
+    )
+    budgets: list[Budget] = Field(
+        default_factory=list,
+        description="examples to choose: counts (50) or shares of the pool (0.05); empty: the budget of the selection",
+    )
+    protocols: list[Literal["equal-steps", "equal-epochs"]] = Field(
+        ["equal-steps"], min_length=1, description="how long to train: every budget equally long, or by its size"
+    )
+    endpoints: list[Literal["base", "full"]] = Field(
+        ["base", "full"], description="what to compare with: the untouched model, training on the full pool"
+    )
+    accuracy: bool = Field(
+        False, description="also multiple-choice accuracy of held-out rows with `choices`; needs gradpursuit[eval]"
+    )
+    crossed: bool = Field(False, description="score every subset on all targets: do the others gain from it as well?")
+    seeds: Whole = Field(3, ge=1, description="fine-tuning runs per subset; stochastic strategies draw anew for each")
+    steps: Whole | None = Field(
+        None, ge=1, description="optimizer steps of equal-steps; null: `epochs` passes over the largest budget"
+    )
+    epochs: Whole = Field(3, ge=1, description="passes of equal-epochs over the k examples of a budget")
     batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: Number = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
@@ -278,6 +318,25 @@ class EvaluationSection(Section):
         lt=1,
         description="share of the target (in-domain: of the pool) set aside when data.heldout is empty",
     )
+
+    @field_validator("strategies", "targets", "budgets", "protocols", "endpoints", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return [value]
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("strategies", "targets", "budgets", "protocols", "endpoints")
+    @classmethod
+    def _none_twice(cls, value: list[Any]) -> list[Any]:
+        if len(set(map(repr, value))) != len(value):
+            raise ValueError("an entry is listed twice")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _usable_names(cls, value: list[str]) -> list[str]:
+        return [name if name == OWN else target_name(name) for name in value]
 
 
 class RunConfig(Section):
@@ -292,6 +351,16 @@ class RunConfig(Section):
     pursuit: PursuitSection = PursuitSection()
     selection: SelectionSection = SelectionSection()
     evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _compared_strategies_are_selected(self) -> RunConfig:
+        unknown = [name for name in self.evaluation.strategies if name not in self.selection.strategies]
+        if unknown:
+            raise ValueError(
+                f"evaluation.strategies: {', '.join(unknown)} not among selection.strategies "
+                f"({', '.join(self.selection.strategies)}), which choose"
+            )
+        return self
 
     @model_validator(mode="after")
     def _settings_of_the_adapter(self) -> RunConfig:

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from gradpursuit.comparison_stage import compared, target_names
 from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
-from gradpursuit.evaluation.compare import heldout_loss
+from gradpursuit.evaluation.scoring import Scorer
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
 from gradpursuit.gradients.filling import CollectSpec, StoreFiller
@@ -322,16 +323,26 @@ def _selection(run: Run, sample: Sample) -> Cost:
 
 
 def _evaluation(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
-    """Fine-tuning and scoring of every strategy and seed, and scoring of the base model."""
-    settings, rows = run.config.evaluation, len(sample.pool) * sample.scale
+    """At most: fine-tuning and scoring of every cell; subsets that two targets share are trained once."""
+    settings, rows, names = run.config.evaluation, len(sample.pool) * sample.scale, target_names(run)
     selection = run.config.selection
-    k = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
-    cells = len(selection.strategies) * settings.seeds
-    steps = settings.epochs * -(-k // settings.batch_size)
+    own = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
+    wanted = [b if isinstance(b, int) else -(-b * rows // 1) for b in settings.budgets] or [own]
+    equal = settings.steps or settings.epochs * -(-max(wanted) // settings.batch_size)
+    full = [rows] if "full" in settings.endpoints else []
+    trained = [*wanted * len(compared(run)), *full]  # rows of every training of one target, protocol and seed
+    steps = sum(
+        equal if protocol == "equal-steps" else settings.epochs * -(-k // settings.batch_size)
+        for protocol in settings.protocols
+        for k in trained
+    )
+    cells = len(settings.protocols) * len(trained) * settings.seeds * len(names)
+    scores = cells * (len(names) if settings.crossed else 1) + len(names)
     scored = sample.heldout.take(range(0, len(sample.heldout), max(1, len(sample.heldout) // 32)))
     with tuned_model(run, run.seed("adapter")) as model, _quiet():
-        heldout_loss(model, scored, run.compute)
+        score = Scorer(run.compute, load_tokenizer(run.config.model))
+        score(model, scored)
         start = time.monotonic()
-        heldout_loss(model, scored, run.compute)
-    score = (time.monotonic() - start) * len(sample.heldout) / len(scored)
-    return Cost(cells * steps * step[settings.batch_size] + (cells + 1) * score)
+        score(model, scored)
+    seconds = (time.monotonic() - start) * len(sample.heldout) / len(scored)
+    return Cost(steps * settings.seeds * len(names) * step[settings.batch_size] + scores * seconds)

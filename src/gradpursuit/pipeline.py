@@ -11,9 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import gone_note, kept_if_refused, known_hashes, stamp_of, write_text
+from gradpursuit.files import gone_note, kept_if_refused, known_hashes, read_json, stamp_of, write_text
 from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gradpursuit.data import Table
-    from gradpursuit.evaluation.table import Line
+    from gradpursuit.evaluation.findings import Line
     from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
 
@@ -130,11 +131,6 @@ class Run:
         paths = [path for stage in found for path in self._paths((*stage.owns, *stage.writes))]
         return [path for path in dict.fromkeys(paths) if path.exists()]
 
-    def aimed_at(self, target: str | None) -> Run:
-        """The same run with another target to choose for; None: its own."""
-        selection = self.config.selection.model_copy(update={"target": target})
-        return Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
-
     def added_targets(self) -> list[str]:
         """Names of the targets that were added to the run and are complete."""
         return [target.name for target in targets(self) if target.state() == "complete"]
@@ -216,6 +212,8 @@ class Run:
         if stage.name == "selection":
             value["plugins"] = self._plugins()
             value["target"] = self.target.fingerprint() if self.target else None
+        if stage.name == "evaluation":
+            value["targets"] = targets_fingerprint(self)
         return digest_of(value)
 
     def _plugins(self) -> list[str]:
@@ -256,6 +254,14 @@ class Run:
         """The added target that is chosen for; None: the run's own."""
         name = self.config.selection.target
         return Target(self, name) if name else None
+
+    def for_target(self, name: str | None) -> Run:
+        """The same run, choosing for another of its targets (None: its own); what was loaded is shared."""
+        selection = self.config.selection.model_copy(update={"target": name})
+        other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
+        shared = ("model_identity", "input_hashes", "trajectory_hashes", "compute", "base")
+        vars(other).update({key: value for key, value in vars(self).items() if key in shared})
+        return other
 
     @property
     def target_folder(self) -> Path:
@@ -360,13 +366,12 @@ class Run:
         Raises:
             RunError: the comparison has not been run.
         """
-        from gradpursuit.evaluation.compare import read_cells
-        from gradpursuit.evaluation.table import tabulate
+        from gradpursuit.evaluation.table import from_json
 
-        cells = read_cells(self.folder / "evaluation" / "results.jsonl")
-        if not cells:
+        path = self.folder / "evaluation" / "summary.json"
+        if not path.is_file():
             raise RunError(f"{self.folder}: nothing has been compared yet; run `gradpursuit compare {self.folder}`")
-        return tabulate(cells, self.selections(), self.table("pool"))
+        return from_json(read_json(path))
 
 
 def check(config: RunConfig) -> None:

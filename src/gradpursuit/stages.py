@@ -6,9 +6,9 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradpursuit.comparison_stage import check_comparison, compare
 from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.files import gone_note
 from gradpursuit.gradient_stage import (
@@ -167,25 +167,6 @@ def _export(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
-    from gradpursuit.evaluation.compare import Comparison
-    from gradpursuit.evaluation.table import write_csv
-
-    pool = run.table("pool")
-    comparison = Comparison(
-        partial(tuned_model, run),
-        run.compute,
-        pool,
-        run.target_table("heldout"),
-        run.config.evaluation,
-        run.config.seed,
-    )
-    folder = run.folder / "evaluation"
-    comparison.run(run.selections(), run.budget(pool), folder / "results.jsonl")
-    write_csv(folder / "table.csv", run.lines())
-    return {}
-
-
 def _report(run: Run) -> dict[str, Any]:
     from gradpursuit.report import write_report
 
@@ -226,6 +207,8 @@ STAGES = (
         check=_check_budget,
     ),
     Stage("export", "export", (), (EACH,), (), _export),
-    Stage("evaluation", "compare", ("evaluation",), (), ("evaluation",), _evaluation, keep="unfinished"),
+    Stage(
+        "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
+    ),
     Stage("report", "compare", (), ("report.html", "report.json"), (), _report),
 )

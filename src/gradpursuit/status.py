@@ -163,9 +163,9 @@ def _strategy_files(name: str) -> Callable[[Run, dict[str, Any], dict[str, Any] 
 
 
 def _cells(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
-    """Trained and scored cells: the base model, and every strategy with every seed."""
-    total = 1 + len(run.config.selection.strategies) * run.config.evaluation.seeds
-    return len(_cell_seconds(run)), total, "cells"
+    """Models scored on a target, of those that the comparison was begun for; one may stand for several cells."""
+    plan, found = _plan(run), _cells_found(run)
+    return (sum(key in found for key in plan), len(plan), "cells") if plan else (0, None, "cells")
 
 
 def _nothing(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
@@ -183,18 +183,34 @@ COUNTS = {
 }
 
 
-def _cell_seconds(run: Run) -> list[float]:
+def _plan(run: Run) -> list[tuple[str, str]]:
     try:
-        lines = (run.folder / "evaluation" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        return [float(json.loads(line)["seconds"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [tuple(key) for key in json.loads((run.folder / "evaluation" / "plan.json").read_text("utf-8"))]
+    except (OSError, ValueError, TypeError):
         return []
 
 
+def _cells_found(run: Run) -> dict[tuple[str, str], float]:
+    """Seconds of every line of the results, by training and rows scored."""
+    try:
+        lines = (run.folder / "evaluation" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    found = {}
+    for line in lines:
+        try:
+            value = json.loads(line)["result"]
+            found[value["training"], value["scored"]] = float(value["train_seconds"] + value["score_seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn: it will be computed again
+    return found
+
+
 def _cell_rate(run: Run) -> float | None:
-    """Cells a second, over the cells that are trained: scoring the base model takes no training."""
-    trained = _cell_seconds(run)[1:]
-    return len(trained) / sum(trained) if sum(trained) else None
+    """Cells a second, over those that this comparison wants and has, the base model apart: it takes no training."""
+    found = _cells_found(run)
+    seconds = [found[key] for key in _plan(run)[1:] if key in found]
+    return len(seconds) / sum(seconds) if sum(seconds) else None
 
 
 def _line(stage: StageStatus) -> tuple[str, ...]:

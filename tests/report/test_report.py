@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 
 from gradpursuit.cli import main
 from gradpursuit.config import load_config
-from gradpursuit.evaluation.table import Line
+from gradpursuit.evaluation.findings import Line
 from gradpursuit.pipeline import Run
 from gradpursuit.report import fit, fitting
 from gradpursuit.report.findings import findings
@@ -252,10 +252,32 @@ def test_findings_tell_what_to_doubt(report: dict[str, Any]) -> None:
         "30 of 70 rows of the pool were dropped (43 %)",
     ):
         assert [text for text in warnings if words in text], words
-    worse["comparison"]["rows"] = [
-        {"strategy": name, "mean": mean, "low": mean - 1, "high": mean + 1} for name, mean in (("a", 1.0), ("b", 1.5))
+    told = {"target": "own", "reference": "gtp", "reference_budget": 8, "other_budget": 8, "metric": "loss"}
+    values = {"better": (0.1, 0.3), "worse": (-0.3, -0.1), "level": (-0.1, 0.3)}
+    worse["comparison"]["differences"] = [
+        {**told, "other": name, "low": low, "high": high, "difference": (low + high) / 2, "detectable": 0.25}
+        for name, (low, high) in values.items()
     ]
-    assert any("does not tell a from b" in finding["text"] for finding in findings(worse))
+    texts = {(finding["kind"], finding["text"]) for finding in findings(worse)}
+    assert ("good", "gtp against better (own): held-out loss lower by 0.200 (95 % interval 0.100 to 0.300).") in texts
+    assert (
+        "warning",
+        "gtp against worse (own): held-out loss higher by 0.200 (95 % interval 0.100 to 0.300).",
+    ) in texts
+    assert any(kind == "note" and "a difference of 0.250 would have shown" in text for kind, text in texts)
+
+
+def test_the_comparison_is_that_of_its_files(finished: Job, report: dict[str, Any]) -> None:
+    found = report["comparison"]
+    lines = {line["strategy"]: line for line in json.loads((finished.run_dir / "evaluation/summary.json").read_text())}
+    assert {row["strategy"] for row in found["rows"]} == set(lines)
+    for row in found["rows"]:
+        line = lines[row["strategy"]]
+        assert row["mean"] == pytest.approx(sum(line["losses"]) / len(line["losses"]))
+        assert row["high"] - row["low"] == pytest.approx(line["gain"]["high"] - line["gain"]["low"])
+        assert row["low"] <= row["mean"] <= row["high"]
+    pairs = (finished.run_dir / "evaluation/differences.csv").read_text().splitlines()
+    assert len(found["differences"]) == len(pairs) - 1 > 0
 
 
 def test_terminal_tables_show_every_seed_and_the_total() -> None:

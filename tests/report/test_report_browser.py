@@ -85,7 +85,7 @@ def test_charts_are_drawn(screen: Browser, page: Path) -> None:
     assert len(bars) >= 3 + 2
     assert max(bars) > 50
     dots = screen.run("[...document.querySelectorAll('.track em')].map(d => d.getBoundingClientRect().width)")
-    assert len(dots) == 3 * 2
+    assert len(dots) == 4 * 2, "three strategies and the full pool, two seeds"
     assert min(dots) > 5
 
 

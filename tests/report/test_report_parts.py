@@ -75,3 +75,5 @@ def test_seeds_lie_within_the_scale() -> None:
     rows = [{"losses": [1.0, 2.0], "mean": 1.5, "low": 1.0, "high": 2.0}]
     (strip,) = charts.loss_strip(rows)
     assert (strip["seeds"], strip["mean"], strip["low"], strip["width"]) == ([0, 100], 50, 0, 100)
+    (strip,) = charts.loss_strip([{**rows[0], "low": None, "high": None}])
+    assert strip["low"] is None

@@ -60,4 +60,5 @@ selection:
 evaluation:
   seeds: 2
   epochs: 5
+  endpoints: [base]
 """

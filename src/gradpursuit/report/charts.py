@@ -165,15 +165,15 @@ def _steps(values: Sequence[float]) -> list[Point]:
 
 def loss_strip(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For every line of the comparison its seeds, its interval and its mean as places in percent of one axis."""
-    values = [value for row in rows for value in (*row["losses"], row["low"], row["high"])]
+    values = [v for row in rows for v in (*row["losses"], row["low"], row["high"]) if v is not None]
     ticks = round_ticks(min(values), max(values), 4)
     plane = Plane((ticks[0], ticks[-1]), (0, 1))
     return [
         {
             "row": row,
             "mean": plane.x(row["mean"]),
-            "low": plane.x(row["low"]),
-            "width": round(plane.x(row["high"]) - plane.x(row["low"]), 2),
+            "low": None if row["low"] is None else plane.x(row["low"]),
+            "width": None if row["low"] is None else round(plane.x(row["high"]) - plane.x(row["low"]), 2),
             "seeds": [plane.x(value) for value in row["losses"]],
             "ticks": [Tick(plane.x(tick), f"{tick:g}") for tick in ticks],
         }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+from gradpursuit.evaluation.findings import ALL
 
 _FAITHFUL = 0.1  # a share of the target’s gradient below which the pool says little about it
 _DROPPED = 0.1  # a share of dropped rows worth a word
@@ -129,20 +131,35 @@ def _cleaning(report: Report) -> Found:
 
 def _comparison(report: Report) -> Found:
     comparison = _part(report, "comparison")
-    if not comparison or len(comparison["rows"]) < 2:
+    if not comparison:
         return
-    first, *others = sorted(comparison["rows"], key=lambda row: row["mean"])
-    close = [row["strategy"] for row in others if row["low"] <= first["high"]]
-    if close:
-        yield "note", f"Held-out loss does not tell {first['strategy']} from {', '.join(close)}: the intervals overlap."
-    else:
-        yield (
-            "good",
-            f"{first['strategy']} has the lowest held-out loss: {first['mean']:.3f}, from {comparison['before']:.3f} "
-            f"before fine-tuning; next {others[0]['strategy']} with {others[0]['mean']:.3f}.",
-        )
+    for found in _telling(comparison["differences"]):
+        named = f"{found['reference']} against {found['other']}" + (f" ({found['target']})" if found["target"] else "")
+        if found["low"] > 0:
+            yield "good", f"{named}: held-out loss lower by {_interval(found)}."
+        elif found["high"] < 0:
+            yield "warning", f"{named}: held-out loss higher by {_interval(found, -1)}."
+        else:
+            yield (
+                "note",
+                f"{named}: held-out loss does not tell them apart; a difference of {found['detectable']:.3f} would "
+                "have shown.",
+            )
     if comparison["seeds"] < _FEW_SEEDS:
         yield "note", f"The comparison has {comparison['seeds']} seeds: take small differences with care."
+
+
+def _telling(differences: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """Differences of loss with the largest budget, at equal budgets, over all targets if there are several."""
+    known = [found for found in differences if found["metric"] == "loss" and found["low"] is not None]
+    pooled = [found for found in known if found["target"] == ALL] or known
+    largest = max((found["reference_budget"] for found in pooled), default=0)
+    return (f for f in pooled if f["reference_budget"] == largest and f["other_budget"] in (0, largest))
+
+
+def _interval(found: Mapping[str, Any], sign: int = 1) -> str:
+    low, high = sorted((sign * found["low"], sign * found["high"]))
+    return f"{sign * found['difference']:.3f} (95 % interval {low:.3f} to {high:.3f})"
 
 
 def _percent(share: float) -> str:

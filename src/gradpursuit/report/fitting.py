@@ -160,7 +160,7 @@ class Fitting:
         indices = np.sort(self._selection.indices)
         found = []
         for name in others:
-            match = self._explainer.match(indices, Explainer(self._run.aimed_at(name)))
+            match = self._explainer.match(indices, Explainer(self._run.for_target(name)))
             aligned = alignment(match.columns @ self._weights, match.target)
             found.append({"target": name, "relative_residual": match.residual(match.refit()), "alignment": aligned})
         match = self._match_of_primary

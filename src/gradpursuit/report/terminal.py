@@ -15,7 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gradpursuit.evaluation.table import Line
+    from gradpursuit.evaluation.findings import Line
     from gradpursuit.verify import StoreCheck
 
 
@@ -60,20 +60,33 @@ class Done:
 
 
 def comparison_table(lines: Sequence[Line]) -> Table:
-    """Held-out loss before and after fine-tuning, per strategy and seed, and the copies among the chosen."""
+    """Held-out loss before and after fine-tuning, per strategy and seed, copies among the chosen, exact matches."""
     seeds = range(max(len(line.losses) for line in lines))
     table = Table(title="Held-out target loss (nats per supervised token; lower is better)")
-    table.add_column("strategy")
-    for name in ("examples", "copies", "before", *(f"after, seed {seed}" for seed in seeds), "mean after"):
+    places = [name for name in ("target", "protocol") if len({getattr(line, name) for line in lines}) > 1]
+    for name in (*places, "strategy"):
+        table.add_column(name)
+    for name in (
+        "examples",
+        "copies",
+        "before",
+        *(f"after, seed {seed}" for seed in seeds),
+        "mean after",
+        "exact match",
+    ):
         table.add_column(name, justify="right")
     for line in lines:
+        losses = [f"{loss:.3f}" for loss in line.losses]
         table.add_row(
+            *(getattr(line, name) for name in places),
             line.strategy,
             str(line.examples),
             f"{line.copies:g}",
             f"{line.before:.3f}",
-            *(f"{loss:.3f}" for loss in line.losses),
+            *losses,
+            *[""] * (len(seeds) - len(losses)),
             f"{line.after:.3f}",
+            "" if line.exact_match is None else f"{line.exact_match:.2f}",
         )
     return table
 

@@ -98,17 +98,19 @@ class SupervisedLoss:
         found = self.predict(batch)
         return found.losses(), found.tokens
 
+    def with_predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Beside that, the most likely token at every supervised position of each example, given all before it."""
+        found = self.predict(batch)
+        likely = found.logits.argmax(dim=-1).cpu().split(found.tokens.tolist())
+        return found.losses(), found.tokens, [row.tolist() for row in likely]
+
     def predict(self, batch: Mapping[str, Tensor]) -> Predictions:
         """What the model says of a collated batch, which is moved to the device."""
         device = self._compute.device
         labels = batch["labels"].to(device)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, L]: what position l predicts
         wanted = targets != IGNORE
-        dtype = self._compute.autocast
-        with (
-            self._only(wanted) as reached,
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
+        with self._only(wanted) as reached, self._compute.precision():
             logits = self._model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
