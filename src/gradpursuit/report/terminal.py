@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -36,7 +37,7 @@ def comparison_table(lines: Sequence[Line]) -> Table:
             line.strategy,
             str(line.examples),
             f"{line.copies:g}",
-            f"{line.before:.3f}",
+            "–" if isnan(line.before) else f"{line.before:.3f}",
             *losses,
             *[""] * (len(seeds) - len(losses)),
             f"{line.after:.3f}",
