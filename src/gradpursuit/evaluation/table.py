@@ -114,7 +114,7 @@ def _markdown_line(line: Line) -> str:
         line.examples,
         f"{line.copies:g}",
         line.steps,
-        f"{line.before:.3f}",
+        "–" if np.isnan(line.before) else f"{line.before:.3f}",
         f"{line.after:.3f}",
         _interval(line.gain) if line.gain else "–",
         "–" if match is None else f"{match:.3f}",

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -82,7 +83,7 @@ def comparison_table(lines: Sequence[Line]) -> Table:
             line.strategy,
             str(line.examples),
             f"{line.copies:g}",
-            f"{line.before:.3f}",
+            "–" if isnan(line.before) else f"{line.before:.3f}",
             *losses,
             *[""] * (len(seeds) - len(losses)),
             f"{line.after:.3f}",
