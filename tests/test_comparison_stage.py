@@ -55,6 +55,9 @@ def test_budgets_protocols_targets_and_end_points(run: Path, monkeypatch: pytest
     assert {row["target"] for row in differences} == {"own", "other", "all targets"}
     assert {row["other"] for row in differences} == {"less", "random", "full", "base"}
     assert (run / "evaluation" / "table.md").is_file()
+    page = (run / "report.html").read_text("utf-8")
+    assert "Did it help?" in page
+    assert "held-out loss, before" not in page, "the budget of the selection, 5, was not compared"
     done: list[int] = []
     monkeypatch.setattr(compare, "train", lambda *args, **more: done.append(1))
     assert main(["compare", str(run), "--targets", "other"]) == 0
