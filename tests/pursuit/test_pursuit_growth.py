@@ -259,8 +259,16 @@ def test_refusals():
         found.fit(A[:, :300], b)
     with pytest.raises(PursuitError, match="same process"):
         pickle.loads(pickle.dumps(found)).extend(A)
-    cold = pickle.loads(pickle.dumps(found)).fit(A, b)  # nothing to begin from: from the start
-    assert cold.residual_path_[0] == pytest.approx(1.0)
+
+
+def test_a_warm_start_survives_pickling():
+    A, b = low_rank(0)
+    found = GradientTrajectoryPursuit(3, warm_start=True, saturation="stop").fit(A, b)
+    loaded = pickle.loads(pickle.dumps(found))
+    for each in (found, loaded):
+        each.set_params(n_nonzero_coefs=9).fit(A, b)
+    assert loaded.residual_path_[0] < 0.99  # not from nothing
+    np.testing.assert_array_equal(loaded.coef_, found.coef_)
 
 
 @pytest.mark.parametrize("read_all", [True, False])

@@ -137,7 +137,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Raises :class:`PursuitError` if a parameter is out of range, k > N, y is zero, or X or y is not finite
         or does not fit. A target that no atom correlates with is an outcome, not an error: an empty support.
         """
-        starts = self._starts() if self.warm_start else []
+        starts: list[list[SupportFit]] = getattr(self, "_fits", []) if self.warm_start else []
         matrix, target = self._numbers(X, y, same_pool=bool(starts))
         return self._fit(matrix, target, starts, {}, callback)
 
@@ -154,10 +154,10 @@ class GradientTrajectoryPursuit(PursuitRegressor):
             raise PursuitError("there is no pursuit to go on with: call fit first, in the same process.")
         joined = JoinedMatrix(self._parts[0].problem.matrix, as_matrix(X_new), read_all=False)
         self._check_names(joined, reset=True)
-        return self._fit(joined, self._y, self._starts(), dict(self.copies_), callback)
+        return self._fit(joined, self._y, self._fits, dict(self.copies_), callback)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the matrix that was fitted to, which `extend` and `warm_start` need."""
+        """Without the matrix that was fitted to, which `extend` needs."""
         state = dict(super().__getstate__())
         return {name: value for name, value in state.items() if name not in ("_parts", "_y")}
 
@@ -189,6 +189,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         chosen = set(self.support_.tolist())
         self.copies_ = {copy: of for copy, of in parts[-1].pool.copies.items() if copy not in chosen}
         self._parts, self._y = parts, y
+        self._fits = [[layer.fit for layer in part.layers] for part in parts]
         if y.ndim == 2:
             self.group_residuals_ = self._group_residuals(matrix, y)
         return self
@@ -218,10 +219,6 @@ class GradientTrajectoryPursuit(PursuitRegressor):
                 'Ask for more, or pursue them together with targets="balanced".'
             )
         return list(y.T)
-
-    def _starts(self) -> list[list[SupportFit]]:
-        """The layers of the fit before, for each pursuit that was made."""
-        return [[layer.fit for layer in part.layers] for part in getattr(self, "_parts", [])]
 
     def _group_residuals(self, matrix: GradientMatrix, y: Float64Array) -> Float64Array:
         ids = self.support_[self.layers_ == 1]

@@ -1,4 +1,4 @@
-"""Non-negative least squares on many long columns, without their Gram matrix."""
+"""Non-negative least squares on many long columns, by Newton steps."""
 
 from __future__ import annotations
 
@@ -68,24 +68,26 @@ def nnls_columns(
     Returns the result, whose `kkt` is the violation defined in :func:`nnls` (and `n_iter` the products with H), and the
     residual b − A x, float64 [D].
 
-    Method: projected Newton steps (Bertsekas, "Projected Newton methods for optimization problems with simple
-    constraints", 1982): on the variables that are positive or about to be, the Newton direction is found by
-    conjugate gradients, to a tenth of the gradient, with a low-rank preconditioner (Frangella, Tropp, Udell,
-    "Randomized Nyström preconditioning", 2021: gradients share few strong directions, which alone would take most
-    steps); the step is projected onto x ≥ 0, and shortened on the segment to its exact minimum. Products with H may be
-    those of single precision: the gradient is carried along, and computed anew from the columns before it is believed.
+    Method: Newton steps on the variables that are positive or about to be (Bertsekas, "Projected Newton methods for
+    optimization problems with simple constraints", 1982). The minimum over them is found by conjugate gradients, to a
+    tenth of the gradient, with a low-rank preconditioner (Frangella, Tropp, Udell, "Randomized Nyström
+    preconditioning", 2021: gradients share few strong directions, which alone would take most steps); variables that
+    it has below zero are taken out, as in block pivoting, and it is found again. The step towards it is shortened to
+    the exact minimum on the way. Products with H may be those of single precision: the gradient is carried along, and
+    computed anew from the columns before it is believed.
     """
     x, scale = start.copy(), float((np.abs(atb) / columns.lengths).max(initial=0.0))
     y, r = columns.gradient(target, x)
-    products, gained = 1, 0.0
-    fresh, ended, gain = True, False, 0.0
+    products, gained, gain = 1, 0.0, 0.0
+    fresh, ended = True, False
     for _ in range(_STEPS):
         kkt = violation(y / columns.lengths, x, scale)
         if kkt <= tol.least or ended:
             if fresh:
                 break
             y, r = columns.gradient(target, x)
-            products, fresh = products + 1, True
+            # A small gain ends it in any case, a gradient that misled does not.
+            products, fresh, ended = products + 1, True, ended and tol.gain > 0
             continue
         free = np.flatnonzero((x > 0) | (y < 0))
         moved = None
