@@ -16,6 +16,11 @@ import pytest
 from gradpursuit.quickstart.assets import cache_folder, smollm2
 from jobs import Job
 
+# Two processes share the tests, and none of the imports above is of what reads these: one thread each, if nobody else
+# says otherwise.
+for _threads in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
