@@ -70,6 +70,22 @@ def splits(run: Run) -> list[Split]:
     return [Split(name, run.table(name), kinds, folder / name) for name, kinds in wanted_features(run).items()]
 
 
+def check_space(run: Run) -> None:
+    """The disk must hold the stores of pool and target, beside or in place of those that are there.
+
+    Raises:
+        RunError: it cannot.
+    """
+    from gradpursuit.files import require_space
+    from gradpursuit.store import StoreSpec
+
+    settings, folder = run.config.gradients, run.folder / "gradients"
+    shape = (checkpoint_count(run), settings.dim, settings.store_dtype, settings.shard_rows, {})
+    needed = sum(StoreSpec(tuple(split.table.ids), *shape).nbytes * len(split.kinds) for split in splits(run))
+    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    require_space(folder, max(0, needed - present), "the gradient store")
+
+
 def collect_gradients(run: Run) -> dict[str, Any]:
     """The stage."""
     made = splits(run)
@@ -139,11 +155,10 @@ def collect_spec(run: Run) -> Any:
 
 def tuned_model(run: Run, seed: int) -> AbstractContextManager[Any]:
     """The base model with what is trained of it, fresh from `seed`: of the kind that the run's trajectory has."""
-    from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.tuning import tuned
 
-    paths = run.config.warmup.trajectory
-    return tuned(run.base, run.config.model, seed, checkpoint_folders(paths)[0] if paths else None)
+    given = run.given_checkpoints
+    return tuned(run.base, run.config.model, seed, given[0] if given else None)
 
 
 def read_run_trajectory(run: Run) -> list[Checkpoint]:
@@ -163,11 +178,7 @@ def read_run_trajectory(run: Run) -> list[Checkpoint]:
 
 def checkpoint_count(run: Run) -> int:
     """T: as configured, or as many as the given trajectory has."""
-    if not run.config.warmup.trajectory:
-        return run.config.warmup.checkpoints
-    from gradpursuit.trajectory.imported import checkpoint_folders
-
-    return len(checkpoint_folders(run.config.warmup.trajectory))
+    return len(run.given_checkpoints) or run.config.warmup.checkpoints
 
 
 def kept_rows(run: Run, split: Split) -> Any:

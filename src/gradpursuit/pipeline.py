@@ -70,7 +70,7 @@ class Run:
         names = [stage.name for stage in STAGES]
         begin = names.index(first) if first else 0
         with self.lock:
-            check(self.config)
+            check(self)
             fingerprint = ""
             for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
                 fingerprint = self.fingerprint_of(stage, fingerprint)
@@ -175,6 +175,12 @@ class Run:
         """What tells the model from others."""
         return model_identity(self.config.model)
 
+    @property
+    def input_paths(self) -> list[str]:
+        """Every input file."""
+        data = self.config.data
+        return [*data.pool, *data.target, *data.heldout]
+
     @cached_property
     def input_hashes(self) -> dict[str, str]:
         """sha256 of every input file.
@@ -185,9 +191,9 @@ class Run:
         Raises:
             RunError: a file cannot be read, and it is not known what was in it.
         """
-        data, known = self.config.data, self.manifest.entry("data").get("detail", {})
+        known = self.manifest.entry("data").get("detail", {})
         stamps = known.get("stamps", {}) if self.quick else {}
-        found = known_hashes([*data.pool, *data.target, *data.heldout], known.get("inputs", {}), stamps)
+        found = known_hashes(self.input_paths, known.get("inputs", {}), stamps)
         if (note := gone_note(found)) and not self.quick:
             logger.info("note: %s", note)
         return found
@@ -226,11 +232,35 @@ class Run:
         return np.delete(np.arange(len(pool)), left_out)
 
     @cached_property
+    def trajectory_is_gone(self) -> bool:
+        """Whether the trajectory that the run was given is not there any more, but what was made of it is."""
+        paths, detail = self.config.warmup.trajectory, self.manifest.entry("trajectory").get("detail", {})
+        note = gone_note(paths) if detail.get("given", []) == paths else ""
+        if note and not self.quick:
+            logger.info("note: %s", note)
+        return bool(note)
+
+    @cached_property
     def trajectory_hashes(self) -> dict[str, str]:
-        """sha256 of every file of the trajectory that the run was given."""
+        """sha256 of every file of the trajectory that the run was given; if it is gone, as they were."""
+        if self.trajectory_is_gone:
+            return dict(self.manifest.entry("trajectory")["detail"]["inputs"])
         from gradpursuit.trajectory.imported import trajectory_hashes
 
         return trajectory_hashes(self.config.warmup.trajectory)
+
+    @cached_property
+    def given_checkpoints(self) -> list[Path]:
+        """Folders of the trajectory that the run was given; if it is gone, of what was made of it; of none, none."""
+        paths = self.config.warmup.trajectory
+        if self.trajectory_is_gone:
+            count = len(self.manifest.entry("trajectory")["detail"]["checkpoints"])
+            return [self.folder / "trajectory" / f"checkpoint-{t}" for t in range(1, count + 1)]
+        if not paths:
+            return []
+        from gradpursuit.trajectory.imported import checkpoint_folders
+
+        return checkpoint_folders(paths)
 
     @cached_property
     def compute(self) -> Compute:
@@ -304,7 +334,7 @@ class Run:
         return tabulate(cells, self.selections(), self.table("pool"))
 
 
-def check(config: RunConfig) -> None:
+def check(run: Run) -> None:
     """Refuse early what can be known before any work: strategies, the device, a trajectory that was given.
 
     Raises:
@@ -314,10 +344,11 @@ def check(config: RunConfig) -> None:
     from gradpursuit.selection import strategy
     from gradpursuit.trajectory.model import Compute
 
+    config = run.config
     for name in config.selection.strategies:
         strategy(name)
     Compute.of(config.model)
-    if config.warmup.trajectory:
+    if config.warmup.trajectory and not run.trajectory_is_gone:
         from gradpursuit.trajectory.imported import check_trajectory
 
         check_trajectory(config)

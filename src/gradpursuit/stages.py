@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.files import gone_note
 from gradpursuit.gradient_stage import (
+    check_space,
     choosable,
     collect_gradients,
     gradients_intact,
@@ -80,11 +81,14 @@ def _check_inputs(run: Run) -> None:
         )
 
 
-def _check_steps(run: Run) -> None:
-    """The warm-up must have a step for every checkpoint."""
+def _check_trajectory(run: Run) -> None:
+    """The warm-up must have a step for every checkpoint; a trajectory that was given must be there to be read again."""
+    from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
-    if not run.config.warmup.trajectory:
+    if run.config.warmup.trajectory:
+        checkpoint_folders(run.config.warmup.trajectory)
+    else:
         warmup_plan(run.config.warmup, len(run.table("pool")), run.seed("warmup"))
 
 
@@ -100,7 +104,8 @@ def _trajectory(run: Run) -> dict[str, Any]:
             checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=bool(kinds - {"identity"}))
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
-    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
+    given = {"given": settings.trajectory, "inputs": run.trajectory_hashes} if settings.trajectory else {}
+    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute), **given}
 
 
 def _check_budget(run: Run) -> None:
@@ -202,7 +207,7 @@ STAGES = (
         _data,
         check=_check_inputs,
     ),
-    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_steps),
+    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_trajectory),
     Stage(
         "gradients",
         "collect",
@@ -212,6 +217,7 @@ STAGES = (
         collect_gradients,
         keep="always",
         intact=gradients_intact,
+        check=check_space,
         plan=gradients_plan,
     ),
     Stage(
