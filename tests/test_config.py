@@ -44,6 +44,7 @@ def test_minimal_file_and_defaults(tmp_path: Path) -> None:
         ["warmup.learning_rate=1e-6", "pursuit.tol=1e-12", "pursuit.max_coherence=null", "data.heldout=h.jsonl"],
         ["warmup.trajectory=[/a/checkpoint-1, /a/checkpoint-2]"],
         ["model.layers='.*mlp\\.(up|down)_proj'", "warmup.trajectory=[/a/checkpoint-1, /a/checkpoint-2]"],
+        ["data.target=pool", "selection.options={less: {reducer: mean}, a: {selector: topk}}", "pursuit.rank=5"],
         ["selection.fraction=0.05", "selection.strategies=[gtp]", "evaluation.use_weights=true", "run_dir='0123'"],
     ],
 )

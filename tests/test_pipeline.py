@@ -92,7 +92,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished: Job) -> None:
     manifest = Manifest(folder).read()
     assert [entry["state"] for entry in manifest["stages"].values()] == ["complete"] * len(STAGES)
     assert manifest["packages"]["torch"]
-    losses = [line["after"] for line in json.loads((folder / "report.json").read_text())["comparison"]]
+    losses = [line["mean"] for line in json.loads((folder / "report.json").read_text())["comparison"]["rows"]]
     assert all(0 < loss < 20 for loss in losses)
 
 
@@ -328,7 +328,7 @@ def test_rows_without_a_gradient_are_listed_and_never_chosen(
     monkeypatch.setattr(engine.FeatureEngine, "batch", without_one)
     assert main(["collect", str(job.path)]) == 0
     monkeypatch.undo()
-    assert "no gradient for 1 rows of pool: the loss is nan" in capsys.readouterr().err
+    assert "no features for 1 rows of pool: the loss is nan" in capsys.readouterr().err
     (listed,) = [json.loads(line) for line in (job.run_dir / "gradients" / "dropped.jsonl").read_text().splitlines()]
     assert (listed["id"], listed["split"], listed["line"]) == ("plus-11", "pool", 12)
     assert main(["select", str(job.path)]) == 0

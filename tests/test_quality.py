@@ -29,8 +29,9 @@ ORDER = {
     for level, names in enumerate(
         (
             ("errors", "progress", "__init__"),
+            ("tree",),
             ("config", "files"),
-            ("identity", "lock"),
+            ("identity", "lock", "plugins"),
             ("live", "counting"),
             ("manifest",),
             ("data",),
@@ -40,8 +41,8 @@ ORDER = {
             ("pursuit",),
             ("selection",),
             ("evaluation",),
+            ("inputs", "gradient_stage"),
             ("report",),
-            ("gradient_stage",),
             ("stages",),
             ("targets",),
             ("pipeline",),

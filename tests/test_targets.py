@@ -103,7 +103,9 @@ def test_features_are_those_of_a_fresh_run_and_nothing_else_is_touched(
         assert chosen(run, name) == chosen(tmp_path / "fresh", name)
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run, tmp_path / "fresh")]
     assert reports[0]["comparison"] == reports[1]["comparison"]
-    assert "target <code>other</code>: 10 target examples,\n5 held out" in (run / "report.html").read_text()
+    assert [report["cleaning"]["rows"]["target"] for report in reports] == [10, 10]
+    assert [report["cleaning"]["rows"]["heldout"] for report in reports] == [5, 5]
+    assert "chosen for “other” by gtp" in (run / "report.html").read_text("utf-8")
     assert contents(*parts) == before
 
 
@@ -274,8 +276,14 @@ def test_other_strategies_need_only_the_features_that_are_lacking(
     assert main(["select", str(run), "--gradients.preconditioner", "identity"]) == 2, "the run's own are others now"
     assert main(["collect", str(run), "--gradients.preconditioner", "identity"]) == 0
     assert main(["select", str(run)]) == 0, "identity was collected for another strategy"
+    assert main(["collect", str(run), "--selection.strategies", "gtp,rds", "--gradients.preconditioner", "adam"]) == 0
+    capsys.readouterr()
+    assert main(["status", str(run)]) == 0
+    assert "lacks features that the strategies need (embedding)" in capsys.readouterr().out
+    assert main(command.split()[1:]) == 0
+    assert main(["select", str(run)]) == 0
     (target,) = list(targets(Run(load_config(run / "config.yaml", [f"run_dir={run}"]))))
-    assert target.features == ["adam-symmetric", "identity"]
+    assert sorted(target.features) == ["adam-symmetric", "embedding", "identity"]
 
 
 def test_a_broken_or_unfinished_target_is_named_and_mended(

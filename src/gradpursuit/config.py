@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from gradpursuit.errors import ConfigError, nearest
+from gradpursuit.tree import apply_overrides, read_tree
 
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
 
@@ -132,14 +133,28 @@ class DataSection(Section):
     """The examples to choose from and the examples of the task that matters."""
 
     pool: Names = Field(description="JSONL file or files of the pool")
-    target: Names = Field(description="JSONL file or files of the target: a few dozen examples")
+    target: Names | None = Field(
+        description="JSONL file or files of the target: a few dozen examples; null or 'pool': no target but the "
+        "pool itself, whose mean gradient is what the chosen rows are to reproduce (in-domain selection)"
+    )
     heldout: Names = Field(
-        default_factory=list, description="target examples for scoring only; empty: split off from the target"
+        default_factory=list,
+        description="examples for scoring only; empty: split off from the target (in-domain: from the pool)",
     )
     max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
     max_dropped: Number = Field(
         0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
     )
+
+    @property
+    def in_domain(self) -> bool:
+        """Whether the pool is its own target."""
+        return self.target is None
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _the_pool_is_none(cls, value: Any) -> Any:
+        return None if value == "pool" else value
 
 
 class WarmupSection(Section):
@@ -182,12 +197,32 @@ class GradientsSection(Section):
     shard_rows: Whole = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
 
 
-class PursuitSection(Section):
+class MatchingSection(Section):
+    """Of features and target, the problem that is pursued."""
+
+    normalize: Literal["unit", "unit-before", "none"] = Field(
+        "unit",
+        description="norm of each row at each checkpoint; unit-before: one before the row is projected onto a "
+        "subspace, where its length then tells how much of it lies there",
+    )
+    balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    subspace: Literal["none", "target", "pool"] = Field(
+        "none",
+        description="project the features of every checkpoint onto the top right singular "
+        "vectors of the target's or of the pool's features there",
+    )
+    rank: Whole = Field(32, ge=1, description="r: dimensions of that subspace; fewer where the features have fewer")
+
+
+class PursuitSection(MatchingSection):
     """The joint selection."""
 
     alpha: Number = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
-    normalize: Literal["unit", "none"] = Field("unit", description="norm of each row at each checkpoint")
-    balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    targets: Literal["mean", "balanced", "split"] = Field(
+        "mean",
+        description="several target groups (files): pursue the mean of their means, all with one support, or each with "
+        "its share of the budget",
+    )
     max_iter: Whole = Field(50, ge=1, description="pursuit iterations per layer")
     tol: Number | None = Field(
         None, ge=0, description="smallest relative improvement of the objective to go on; null: by the budget"
@@ -204,6 +239,11 @@ class SelectionSection(Section):
     """Which strategies choose, and how many examples."""
 
     strategies: Names = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="settings of single strategies: {less: {reducer: mean}} re-sets one that exists, {mine: {selector: "
+        "topk, preconditioner: adam}} makes a new one that `strategies` can name",
+    )
     k: Whole | None = Field(None, ge=1, description="examples to choose; or give a fraction")
     fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
     target: str | None = Field(
@@ -232,15 +272,18 @@ class EvaluationSection(Section):
     batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: Number = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
-    holdout: Number = Field(0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty")
+    holdout: Number = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the target (in-domain: of the pool) set aside when data.heldout is empty",
+    )
 
 
 class RunConfig(Section):
     """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
 
-    run_dir: str | None = Field(
-        None, min_length=1, description="the run folder; default runs/<name of the config file>"
-    )
+    run_dir: str | None = Field(None, min_length=1, description="the run folder; default runs/<name of the file>")
     seed: Whole = Field(0, ge=0, description="the one seed; every use derives its own from it")
     model: ModelSection
     data: DataSection
@@ -280,32 +323,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is not usable.
     """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
+    tree = read_tree(path)
     apply_overrides(tree, overrides)
     return build_config(tree, str(path), overrides)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping after looking for repeated keys."""
-        names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, (name, line) in enumerate(names):
-            if name in [earlier for earlier, _ in names[:index]]:
-                raise ConfigError(f"line {line}: the key '{name}' is given twice")
-        return super().construct_mapping(node, deep)
 
 
 def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -318,8 +338,23 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
-        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item))}" for item in error.errors()]
+        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item), RunConfig)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def build_section(kind: type[SectionT], values: Mapping[str, Any], within: str) -> SectionT:
+    """Validate values as a section of their own, which lies at the key `within` of the configuration.
+
+    Raises:
+        ConfigError: with one line per wrong key or value.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(item), kind, within) for item in error.errors())) from None
 
 
 def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str:
@@ -331,45 +366,20 @@ def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str
     return ", ".join(named) or where
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `section.key=value` in a configuration tree; values are read as YAML.
-
-    Raises:
-        ConfigError: an override has no value, or names a value as if it were a section.
-    """
-    for override in overrides:
-        _apply_override(tree, override)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in `tree`; the value is read as YAML, so 5, true and [a, b] mean what they say."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE")
-    *sections, name = key.split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"flag '--{key}': '{section}' is a value, not a section")
-    try:
-        tree[name] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        tree[name] = text
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One line for one pydantic error: key, value, cause and fix."""
+def _explain(item: dict[str, Any], root: type[BaseModel], within: str = "") -> str:
+    """One line for one pydantic error of a `root` at the key `within`: key, value, cause and fix."""
     keys = [str(part) for part in item["loc"]]
-    key = ".".join(keys)
+    above = [within] if within else []
+    key = ".".join([*above, *keys])
     if item["type"] == "extra_forbidden":
-        section = _section_at(keys[:-1])
-        parent = ".".join(keys[:-1])
+        section = _section_at(root, keys[:-1])
+        parent = ".".join([*above, *keys[:-1]])
         place = f" in section '{parent}'" if parent else ""
         return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
     if item["type"] == "missing":
         return f"'{key}' is missing and has no default"
+    if not keys:
+        return (f"{within}: " if within else "") + str(item["msg"].removeprefix("Value error, "))
     message = {
         "model_type": "expected a section with keys of its own",
         "list_type": "expected a list, such as [a, b]",
@@ -381,8 +391,7 @@ def _explain(item: dict[str, Any]) -> str:
     return f"'{key}' = {item['input']!r}: {message}"
 
 
-def _section_at(keys: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
+def _section_at(section: type[BaseModel], keys: Sequence[str]) -> type[BaseModel]:
     for key in keys:
         annotation = section.model_fields[key].annotation
         kinds = get_args(annotation) or (annotation,)  # a section, or `Section | None`

@@ -7,9 +7,9 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from transformers import TrainerCallback
 from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
 from gradpursuit.evaluation.compare import heldout_loss
-from gradpursuit.gradient_stage import checkpoint_count, tuned_model, wanted_features
-from gradpursuit.gradients.collector import Collector, CollectSpec
+from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
+from gradpursuit.gradients.collector import Collector, SignalCollector
+from gradpursuit.gradients.filling import CollectSpec, StoreFiller
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
@@ -42,6 +43,10 @@ class Cost:
 
     seconds: float
     disk: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of both together."""
+        return Cost(self.seconds + other.seconds, self.disk + other.disk)
 
 
 @dataclass(frozen=True)
@@ -247,10 +252,7 @@ class _Start:
 
 def _gradients(run: Run, sample: Sample) -> Cost:
     """Collect the features of some rows, as the run will, and scale the time up by padded tokens."""
-    settings, checkpoints = run.config.gradients, checkpoint_count(run)
-    wanted = wanted_features(run)
-    tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
-    seconds, disk = 0.0, 0
+    settings, wanted = run.config.gradients, wanted_features(run)
     spec = CollectSpec(
         settings.dim,
         settings.nonzeros,
@@ -259,25 +261,34 @@ def _gradients(run: Run, sample: Sample) -> Cost:
         settings.store_dtype,
         settings.shard_rows,
         1.0,
-        {},
+        {"model": {}},
     )
+    cost = Cost(0.0)
     with tuned_model(run, run.seed("adapter")) as model, tempfile.TemporaryDirectory() as folder, _quiet():
-        for name, (table, scale) in tables.items():
-            if not wanted[name]:
-                continue
-            some = _spread(table, _ROWS)
-            made = Collector(model, run.compute, [_Start()], spec)  # type: ignore[list-item]
-            start = time.monotonic()
-            engine = made.at(0, wanted[name])
-            setup = time.monotonic() - start
-            engine.batch([some[0]])  # the first pass warms up
-            start = time.monotonic()
-            made.collect(name, some, wanted[name], Path(folder) / name)
-            rate = (time.monotonic() - start) / _padded_tokens(some, spec)
-            seconds += (setup + rate * _padded_tokens(table, spec) * scale) * checkpoints
-            stored = StoreSpec(tuple(table.ids), checkpoints, spec.dim, spec.dtype, spec.shard_rows, {})
-            disk += int(stored.nbytes * scale) * len(wanted[name])
-    return Cost(seconds, disk)
+        for name, table, scale in (("target", sample.target, 1.0), ("pool", sample.pool, sample.scale)):
+            split = Split(name, table, wanted[name], Path(folder) / name)
+            if split.gradients:
+                made = Collector(model, run.compute, [_Start()], spec)  # type: ignore[list-item]
+                cost += _collecting(made, split, split.gradients, scale, checkpoint_count(run))
+            for signal in split.signals:
+                forward = SignalCollector(model, run.compute, [], spec)
+                cost += _collecting(forward, split, [signal], scale, 1 + checkpoint_count(run) * signal.along)
+    return cost
+
+
+def _collecting(made: StoreFiller[Any], split: Split, kinds: Sequence[Any], scale: float, points: int) -> Cost:
+    """Of a split's features of some kinds at several points of the trajectory, measured at one."""
+    some, spec = _spread(split.table, _ROWS), made.spec
+    start = time.monotonic()
+    engine = made.at(0, kinds)
+    setup = time.monotonic() - start
+    engine.batch([some[0]])  # the first pass warms up
+    start = time.monotonic()
+    made.collect(split.name, some, kinds, split.folder)
+    rate = (time.monotonic() - start) / _padded_tokens(some, spec)
+    seconds = (setup + rate * _padded_tokens(split.table, spec) * scale) * points
+    stores = [replace(made.store_spec(split.table, kind), checkpoints=points) for kind in kinds]
+    return Cost(seconds, int(sum(store.nbytes for store in stores) * scale))
 
 
 def _spread(table: Table, count: int) -> Table:
@@ -306,7 +317,7 @@ def _selection(run: Run, sample: Sample) -> Cost:
     rate = block.nbytes / max(time.monotonic() - start, 1e-9)
     rows = len(sample.pool) * sample.scale
     spec = StoreSpec(("",), checkpoint_count(run), settings.gradients.dim, settings.gradients.store_dtype, 1, {})
-    strategies = [strategy for strategy in run.strategies() if strategy.needs(settings.gradients)]
+    strategies = [strategy for strategy in run.strategies() if strategy.needs(run.settings).features]
     return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
 
 

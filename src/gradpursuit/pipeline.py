@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import gone_note, kept_if_refused, known_hashes, stamp_of, write_text
+from gradpursuit.files import kept_if_refused, write_text
+from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
+from gradpursuit.inputs import Inputs
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.plugins import distribution, registered
 from gradpursuit.stages import STAGES, Stage
-from gradpursuit.targets import Target
+from gradpursuit.targets import Target, targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +31,7 @@ if TYPE_CHECKING:
 
     from gradpursuit.data import Table
     from gradpursuit.evaluation.table import Line
-    from gradpursuit.selection import Selection, Strategy
+    from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
@@ -49,6 +52,7 @@ class Run:
         self.folder = Path(config.run_dir)
         self.manifest = Manifest(self.folder)
         self.lock = RunLock(self.folder)
+        self.inputs = Inputs(config, self.folder, self.manifest, quick=quick)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -90,11 +94,52 @@ class Run:
         Raises:
             RunError: one is not; the command that completes it is named.
         """
+        if lacking := self.missing(upto):
+            self._refuse(lacking, purpose)
+
+    def missing(self, upto: str) -> Stage | None:
+        """The first stage up to `upto` that is not complete; the rows of the gradients are counted, not read."""
         fingerprint = ""
         for stage in STAGES[: [stage.name for stage in STAGES].index(upto) + 1]:
             fingerprint = self.fingerprint_of(stage, fingerprint)
-            if self.state(stage, fingerprint, quick=stage.intact is not None) != "complete":
-                self._refuse(stage, purpose)
+            if self.state(stage, fingerprint, quick=self.quick or stage.intact is not None) != "complete":
+                return stage
+        return None
+
+    def report(self, *, full: bool = False) -> list[Path]:
+        """Write the report of the run as it is now; what is missing is said there.
+
+        Args:
+            full: also what takes long with a large pool or budget.
+
+        Raises:
+            RunError: not even the data are clean, or another process is at work in the folder.
+        """
+        from gradpursuit.report import write_report
+
+        with self.working("report"):
+            start, fingerprint = time.monotonic(), self.fingerprint("report")
+            files = write_report(self, full=full)
+            if self.missing("evaluation") is None:  # with all that it can hold, it is the stage of the run
+                self.manifest.begin("report", fingerprint, self.config.seed)
+                self.manifest.complete("report", time.monotonic() - start, {}, files)
+        return files
+
+    def written(self, first: str, upto: str) -> list[Path]:
+        """Folders and files of the stages from `first` to `upto` that are there."""
+        names = [stage.name for stage in STAGES]
+        found = [*STAGES[names.index(first) : names.index(upto) + 1]]
+        paths = [path for stage in found for path in self._paths((*stage.owns, *stage.writes))]
+        return [path for path in dict.fromkeys(paths) if path.exists()]
+
+    def aimed_at(self, target: str | None) -> Run:
+        """The same run with another target to choose for; None: its own."""
+        selection = self.config.selection.model_copy(update={"target": target})
+        return Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
+
+    def added_targets(self) -> list[str]:
+        """Names of the targets that were added to the run and are complete."""
+        return [target.name for target in targets(self) if target.state() == "complete"]
 
     def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
         raise RunError(
@@ -162,45 +207,30 @@ class Run:
             section, _, key = setting.partition(".")
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
-            value["inputs"] = list(self.input_hashes.values())
+            value["inputs"] = list(self.inputs.hashes.values())
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
-            value["inputs"] = self.trajectory_hashes
-        if stage.name == "selection" and self.target:
-            value["target"] = self.target.fingerprint()
+            value["inputs"] = self.inputs.trajectory_hashes
+        if stage.name == "data" and self.config.data.in_domain:
+            value["in_domain"] = True
+        if stage.name == "gradients":
+            value["features"] = feature_requests(self.config.selection)
+        if stage.name == "selection":
+            value["plugins"] = self._plugins()
+            value["target"] = self.target.fingerprint() if self.target else None
         return digest_of(value)
+
+    def _plugins(self) -> list[str]:
+        """Name and version of the distributions whose strategies may be used."""
+        selection = self.config.selection
+        selectors = {str(options.get("selector", "")) for options in selection.options.values()}
+        used = selectors.union(selection.strategies)
+        return sorted({distribution(point) for name, same in registered().items() if name in used for point in same})
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
         """What tells the model from others."""
         return model_identity(self.config.model)
-
-    @property
-    def input_paths(self) -> list[str]:
-        """Every input file."""
-        data = self.config.data
-        return [*data.pool, *data.target, *data.heldout]
-
-    @cached_property
-    def input_hashes(self) -> dict[str, str]:
-        """sha256 of every input file.
-
-        That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
-        of the same size and time.
-
-        Raises:
-            RunError: a file cannot be read, and it is not known what was in it.
-        """
-        known = self.manifest.entry("data").get("detail", {})
-        stamps = known.get("stamps", {}) if self.quick else {}
-        found = known_hashes(self.input_paths, known.get("inputs", {}), stamps)
-        if (note := gone_note(found)) and not self.quick:
-            logger.info("note: %s", note)
-        return found
-
-    def input_stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of every input file, which tell a quick look that it is still the same."""
-        return {path: stamp_of(path) for path in self.input_hashes}
 
     @cached_property
     def target(self) -> Target | None:
@@ -232,37 +262,6 @@ class Run:
         return np.delete(np.arange(len(pool)), left_out)
 
     @cached_property
-    def trajectory_is_gone(self) -> bool:
-        """Whether the trajectory that the run was given is not there any more, but what was made of it is."""
-        paths, detail = self.config.warmup.trajectory, self.manifest.entry("trajectory").get("detail", {})
-        note = gone_note(paths) if detail.get("given", []) == paths else ""
-        if note and not self.quick:
-            logger.info("note: %s", note)
-        return bool(note)
-
-    @cached_property
-    def trajectory_hashes(self) -> dict[str, str]:
-        """sha256 of every file of the trajectory that the run was given; if it is gone, as they were."""
-        if self.trajectory_is_gone:
-            return dict(self.manifest.entry("trajectory")["detail"]["inputs"])
-        from gradpursuit.trajectory.imported import trajectory_hashes
-
-        return trajectory_hashes(self.config.warmup.trajectory)
-
-    @cached_property
-    def given_checkpoints(self) -> list[Path]:
-        """Folders of the trajectory that the run was given; if it is gone, of what was made of it; of none, none."""
-        paths = self.config.warmup.trajectory
-        if self.trajectory_is_gone:
-            count = len(self.manifest.entry("trajectory")["detail"]["checkpoints"])
-            return [self.folder / "trajectory" / f"checkpoint-{t}" for t in range(1, count + 1)]
-        if not paths:
-            return []
-        from gradpursuit.trajectory.imported import checkpoint_folders
-
-        return checkpoint_folders(paths)
-
-    @cached_property
     def compute(self) -> Compute:
         """Device and precision."""
         from gradpursuit.trajectory.model import Compute
@@ -284,11 +283,21 @@ class Run:
 
         return Table.read(self.folder / "data" / f"{name}.parquet")
 
+    @cached_property
+    def settings(self) -> Settings:
+        """What the strategies go by."""
+        from gradpursuit.selection import Settings
+
+        return Settings(self.config.gradients, self.config.pursuit, self.config.selection.options)
+
     def strategies(self) -> list[Strategy]:
         """The configured strategies."""
-        from gradpursuit.selection import strategy
+        return [self.settings.strategy(name) for name in self.config.selection.strategies]
 
-        return [strategy(name) for name in self.config.selection.strategies]
+    @property
+    def in_domain(self) -> bool:
+        """Whether what is chosen for is the pool itself."""
+        return self.config.data.in_domain and self.target is None
 
     def seed(self, use: str) -> int:
         """The seed for one use."""
@@ -341,14 +350,13 @@ def check(run: Run) -> None:
         ConfigError: with the offending value.
         TrajectoryError: the given trajectory is not there, or its adapter cannot be followed.
     """
-    from gradpursuit.selection import strategy
+    from gradpursuit.selection import check_strategies
     from gradpursuit.trajectory.model import Compute
 
     config = run.config
-    for name in config.selection.strategies:
-        strategy(name)
+    check_strategies(config)
     Compute.of(config.model)
-    if config.warmup.trajectory and not run.trajectory_is_gone:
+    if config.warmup.trajectory and not run.inputs.trajectory_is_gone:
         from gradpursuit.trajectory.imported import check_trajectory
 
         check_trajectory(config)

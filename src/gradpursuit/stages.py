@@ -10,15 +10,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.errors import DataError, SelectionError
-from gradpursuit.files import gone_note
+from gradpursuit.files import gone_note, require_space
 from gradpursuit.gradient_stage import (
-    check_space,
+    checkpoint_count,
     choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
     load_problem,
+    splits,
     tuned_model,
+    wanted_features,
 )
 
 if TYPE_CHECKING:
@@ -69,12 +71,12 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
+    return {**counts, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
 
 
 def _check_inputs(run: Run) -> None:
     """The files to clean must be there, even if it is known what was in them."""
-    if note := gone_note(run.input_hashes):
+    if note := gone_note(run.inputs.files):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
             "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
@@ -100,12 +102,24 @@ def _trajectory(run: Run) -> dict[str, Any]:
     settings, folder = run.config.warmup, run.folder / "trajectory"
     with tuned_model(run, run.seed("adapter")) as model:
         if settings.trajectory:
-            kinds = {kind.name for strategy in run.strategies() for kind in strategy.needs(run.config.gradients)}
-            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=bool(kinds - {"identity"}))
+            kinds = {kind.label for kinds in wanted_features(run).values() for kind in kinds}
+            moments = bool(kinds - {"identity", "embedding", "el2n"})
+            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=moments)
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
-    given = {"given": settings.trajectory, "inputs": run.trajectory_hashes} if settings.trajectory else {}
+    given = {"given": settings.trajectory, "inputs": run.inputs.trajectory_hashes} if settings.trajectory else {}
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute), **given}
+
+
+def _check_space(run: Run) -> None:
+    """The disk must hold the sketched gradients, beside or in place of those that are there."""
+    from gradpursuit.store import StoreSpec
+
+    settings, folder = run.config.gradients, run.folder / "gradients"
+    shape = (checkpoint_count(run), settings.dim, settings.store_dtype, settings.shard_rows, {})
+    needed = sum(StoreSpec(tuple(split.table.ids), *shape).nbytes * len(split.gradients) for split in splits(run))
+    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    require_space(folder, max(0, needed - present), "the gradient store")
 
 
 def _check_budget(run: Run) -> None:
@@ -192,7 +206,7 @@ def _evaluation(run: Run) -> dict[str, Any]:
 def _report(run: Run) -> dict[str, Any]:
     from gradpursuit.report import write_report
 
-    write_report(run.folder, run.config, run.manifest.read(), run.lines(), run.selections(), run.table("pool"))
+    write_report(type(run)(run.config, quick=True))  # the stages above were checked a moment ago
     return {}
 
 
@@ -213,11 +227,11 @@ STAGES = (
         "collect",
         ("gradients",),
         (),
-        ("gradients", "selection.strategies"),
+        ("gradients",),
         collect_gradients,
         keep="always",
         intact=gradients_intact,
-        check=check_space,
+        check=_check_space,
         plan=gradients_plan,
     ),
     Stage(

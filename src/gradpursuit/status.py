@@ -102,7 +102,7 @@ def read_status(run: Run) -> RunStatus:
                 note = str(error)
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed
-        inputs = {"data": run.input_paths, "trajectory": run.config.warmup.trajectory}.get(stage.name, [])
+        inputs = {"data": run.inputs.files, "trajectory": run.inputs.trajectory}.get(stage.name, [])
         told = note if note != earlier else "" if note else gone_note(inputs)
         stages.append(_stage(run, stage.name, state, entry, owner, told))
     return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
@@ -146,11 +146,11 @@ def _steps(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count
 
 
 def _gradient_rows(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
-    """Rows of finished shards; of the split at work also those of the shard at work."""
+    """Rows of finished shards; of the work at hand also those of the shard at work."""
     counts = gradient_rows(run)
-    for split, (done, total) in counts.items():
-        if now and split in now["what"] and now["total"] == total:
-            counts[split] = max(done, now["done"]), total
+    for what, (done, total) in counts.items():
+        if now and now["what"] == what and now["total"] == total:
+            counts[what] = max(done, now["done"]), total
     return sum(done for done, _ in counts.values()), sum(total for _, total in counts.values()), "rows"
 
 
@@ -237,6 +237,16 @@ def target_lines(found: Sequence[dict[str, Any]]) -> list[str]:
         f"run `{target['command']}`"
         for target in lacking
     ]
+
+
+def strategy_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what :func:`gradpursuit.selection.describe_strategies` says, and what is wrong with those it lacks."""
+    rows = [("strategy", "random", "needs", "of the target", "source")]
+    for entry in (entry for entry in found if "error" not in entry):
+        random, origin = "yes" if entry["stochastic"] else "", entry["distribution"]
+        source = entry["source"] + (f" [{origin}]" if origin else "")
+        rows.append((entry["name"], random, entry["needs"], entry["target"], source))
+    return columns(rows) + [entry["error"] for entry in found if "error" in entry]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -96,11 +96,11 @@ class Target:
 
     @property
     def lacking(self) -> list[str]:
-        """Labels of features that the run's own target has for the configured strategies, and this one has not."""
+        """Labels of features that the configured strategies need of a target, and this one has not."""
         entry = self._run.manifest.entry("gradients")
         if entry.get("fingerprint") != self._run.fingerprint("gradients"):
             return []  # the run lacks them itself
-        return [label for label in entry.get("plan", {}).get("target", []) if label not in self.features]
+        return [label for label in entry.get("plan", {}).get("of_a_target", []) if label not in self.features]
 
     def state(self) -> State:
         """How far it got, for the run as it is configured now."""
@@ -278,9 +278,9 @@ def _trained_on(run: Run, target: Target) -> int:
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
     from gradpursuit.data import Table
-    from gradpursuit.gradient_stage import Split, collect, wanted_features
+    from gradpursuit.gradient_stage import Split, collect, target_features
 
-    kinds = wanted_features(run)["target"]
+    kinds = target_features(run)
     labels = [kind.label for kind in kinds]
     if target.manifest.state("gradients", fingerprint) == "complete":  # what other strategies needed stays
         labels += [label for label in target.features if label not in labels]

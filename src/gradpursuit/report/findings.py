@@ -1,0 +1,152 @@
+"""What a reader of the report should know first: the findings, and what to doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_FAITHFUL = 0.1  # a share of the target’s gradient below which the pool says little about it
+_DROPPED = 0.1  # a share of dropped rows worth a word
+_KNEE = 0.7  # a knee at most here, as a share of the budget, is worth a word
+_UNEVEN = 0.5  # effective rows below this share of the rows
+_FEW_SEEDS = 3
+
+Report = Mapping[str, Any]
+
+
+def findings(report: Report) -> list[dict[str, str]]:
+    """`{"kind": "good" | "warning" | "note", "text": ...}`, warnings first."""
+    found = [finding for rule in RULES for finding in rule(report)]
+    order = {"warning": 0, "good": 1, "note": 2}
+    return [{"kind": kind, "text": text} for kind, text in sorted(found, key=lambda finding: order[finding[0]])]
+
+
+Found = Iterator[tuple[str, str]]
+
+
+def _part(report: Report, name: str) -> Any:
+    part = report[name]
+    return None if isinstance(part, dict) and "missing" in part else part
+
+
+def _fit(report: Report) -> Found:
+    fit = _part(report, "fit")
+    if not fit:
+        return
+    if fit["explained"] < _FAITHFUL:
+        yield (
+            "warning",
+            f"The chosen rows explain only {_percent(fit['explained'])} of the target’s gradient: the pool may hold "
+            "little that helps this target, or the warm-up was too short.",
+        )
+    others = {name: residual for name, residual in fit["strategies"].items() if name != fit["strategy"]}
+    if others and fit["relative_residual"] < min(others.values()):
+        rest = ", ".join(f"{_percent(1 - residual**2)} for {name}" for name, residual in others.items())
+        yield (
+            "good",
+            f"The rows of {fit['strategy']} explain {_percent(fit['explained'])} of the target’s gradient ({rest}).",
+        )
+
+
+def _control(report: Report) -> Found:
+    control = _part(report, "control")
+    if not control:
+        return
+    own = control["own"]["relative_residual"]
+    for other in control["others"]:
+        name, residual = other["target"] or "the run’s own target", other["relative_residual"]
+        if residual <= own:
+            yield (
+                "warning",
+                f"The same rows explain another target, {name}, as well as their own ({_percent(1 - residual**2)} "
+                f"beside {_percent(1 - own**2)}): the choice is not specific.",
+            )
+
+
+def _lengths(report: Report) -> Found:
+    lengths, weights = _part(report, "lengths"), _part(report, "weights")
+    if not lengths:
+        return
+    for name, found in lengths.items():
+        chosen = found["chosen"][weights["strategy"]]
+        if chosen["shifted"]:
+            way = "longer" if chosen["median"] > found["pool"]["median"] else "shorter"
+            yield (
+                "warning",
+                f"The chosen rows are {way} than the pool’s: median {chosen['median']:g} {name}, "
+                f"{found['pool']['median']:g} in the pool (Kolmogorov–Smirnov p = {chosen['p']:.1g}).",
+            )
+
+
+def _weights(report: Report) -> Found:
+    weights = _part(report, "weights")
+    if weights and weights["effective"] < _UNEVEN * weights["examples"]:
+        yield (
+            "warning",
+            f"A few rows carry most of the weight: {weights['examples']} rows count like {weights['effective']:.1f}.",
+        )
+
+
+def _budgets(report: Report) -> Found:
+    budgets, strategies = _part(report, "budgets"), _part(report, "strategies")
+    if not budgets:
+        return
+    knee = budgets["knee"]["budget"]
+    chosen = next(line for line in strategies if line["strategy"] == budgets["strategy"])
+    if knee <= _KNEE * chosen["examples"]:
+        yield "note", f"{knee} rows already bring 95 % of what {chosen['layers'][0]} bring: a smaller budget would do."
+    if len(chosen["layers"]) > 1:
+        yield (
+            "note",
+            f"The pursuit saturated: after {chosen['layers'][0]} rows no further one lowered the residual, so the rest "
+            f"was chosen in {len(chosen['layers']) - 1} more passes over what was left (column “layer”).",
+        )
+
+
+def _duplicates(report: Report) -> Found:
+    duplicates = _part(report, "duplicates")
+    if not duplicates or "missing" in duplicates["top_k"]:
+        return
+    own = next(line for line in duplicates["strategies"] if line["strategy"] == duplicates["strategy"])
+    avoided = max(duplicates["top_k"][kind] - own[kind] for kind in ("text", "gradient"))
+    if avoided > 0:
+        yield (
+            "good",
+            f"Taking the best rows one by one would have taken {avoided} more copies of rows already chosen.",
+        )
+
+
+def _cleaning(report: Report) -> Found:
+    cleaning = report["cleaning"]
+    dropped = sum(line["rows"] for line in cleaning["dropped"] if line["split"] == "pool")
+    total = dropped + cleaning["rows"]["pool"]
+    if dropped > _DROPPED * total:
+        yield (
+            "warning",
+            f"{dropped} of {total} rows of the pool were dropped ({_percent(dropped / total)}); see the drop table.",
+        )
+
+
+def _comparison(report: Report) -> Found:
+    comparison = _part(report, "comparison")
+    if not comparison or len(comparison["rows"]) < 2:
+        return
+    first, *others = sorted(comparison["rows"], key=lambda row: row["mean"])
+    close = [row["strategy"] for row in others if row["low"] <= first["high"]]
+    if close:
+        yield "note", f"Held-out loss does not tell {first['strategy']} from {', '.join(close)}: the intervals overlap."
+    else:
+        yield (
+            "good",
+            f"{first['strategy']} has the lowest held-out loss: {first['mean']:.3f}, from {comparison['before']:.3f} "
+            f"before fine-tuning; next {others[0]['strategy']} with {others[0]['mean']:.3f}.",
+        )
+    if comparison["seeds"] < _FEW_SEEDS:
+        yield "note", f"The comparison has {comparison['seeds']} seeds: take small differences with care."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+RULES = (_fit, _control, _lengths, _weights, _budgets, _duplicates, _cleaning, _comparison)
