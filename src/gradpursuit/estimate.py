@@ -106,8 +106,8 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         GradPursuitError: whatever the run itself would refuse of configuration, data and model.
     """
-    check(config)
     run = Run(config)
+    check(run)
     sample = _sample(run)
     if sample.scale == 1:
         run.budget(sample.pool)

@@ -36,7 +36,8 @@ class Manifest:
         if not self._path.is_file():
             return {"format": FORMAT, "created": _now(), "stages": {}}
         value = read_json(self._path)
-        if not isinstance(value, dict) or value.get("format") != FORMAT or "stages" not in value:
+        stages = value.get("stages") if isinstance(value, dict) and value.get("format") == FORMAT else None
+        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
             raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
         return value
 

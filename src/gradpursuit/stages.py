@@ -10,13 +10,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.errors import DataError, SelectionError
-from gradpursuit.files import gone_note
+from gradpursuit.files import gone_note, require_space
 from gradpursuit.gradient_stage import (
+    checkpoint_count,
     choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
     load_problem,
+    splits,
     tuned_model,
     wanted_features,
 )
@@ -69,23 +71,26 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
+    return {**counts, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
 
 
 def _check_inputs(run: Run) -> None:
     """The files to clean must be there, even if it is known what was in them."""
-    if note := gone_note(run.input_hashes):
+    if note := gone_note(run.inputs.files):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
             "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
         )
 
 
-def _check_steps(run: Run) -> None:
-    """The warm-up must have a step for every checkpoint."""
+def _check_trajectory(run: Run) -> None:
+    """The warm-up must have a step for every checkpoint; a trajectory that was given must be there to be read again."""
+    from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
-    if not run.config.warmup.trajectory:
+    if run.config.warmup.trajectory:
+        checkpoint_folders(run.config.warmup.trajectory)
+    else:
         warmup_plan(run.config.warmup, len(run.table("pool")), run.seed("warmup"))
 
 
@@ -102,7 +107,19 @@ def _trajectory(run: Run) -> dict[str, Any]:
             checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=moments)
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
-    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
+    given = {"given": settings.trajectory, "inputs": run.inputs.trajectory_hashes} if settings.trajectory else {}
+    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute), **given}
+
+
+def _check_space(run: Run) -> None:
+    """The disk must hold the sketched gradients, beside or in place of those that are there."""
+    from gradpursuit.store import StoreSpec
+
+    settings, folder = run.config.gradients, run.folder / "gradients"
+    shape = (checkpoint_count(run), settings.dim, settings.store_dtype, settings.shard_rows, {})
+    needed = sum(StoreSpec(tuple(split.table.ids), *shape).nbytes * len(split.gradients) for split in splits(run))
+    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    require_space(folder, max(0, needed - present), "the gradient store")
 
 
 def _check_budget(run: Run) -> None:
@@ -204,7 +221,7 @@ STAGES = (
         _data,
         check=_check_inputs,
     ),
-    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_steps),
+    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_trajectory),
     Stage(
         "gradients",
         "collect",
@@ -214,6 +231,7 @@ STAGES = (
         collect_gradients,
         keep="always",
         intact=gradients_intact,
+        check=_check_space,
         plan=gradients_plan,
     ),
     Stage(
