@@ -7,6 +7,7 @@ and of compiling are shared. One JSON request a line on stdin, one JSON answer a
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import resource
@@ -80,11 +81,13 @@ def serve() -> None:
     import gradpursuit.trajectory.warmup  # noqa: F401
     from gradpursuit.cli import main
 
+    _settle()
     for line in sys.stdin:
         request = json.loads(line)
         if "here" in request:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
                 answer = main(request["here"])
+            _settle()
         elif "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
@@ -92,6 +95,12 @@ def serve() -> None:
             if answer == 0:
                 _run(main, request)
         print(json.dumps(answer), flush=True)
+
+
+def _settle() -> None:
+    """What is there stays: no fork is to look through it for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _run(main: Any, request: dict[str, Any]) -> None:

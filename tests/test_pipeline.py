@@ -39,10 +39,22 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return done
 
 
+def small_job(folder: Path, model: Path) -> Job:
+    """A job that fine-tunes once for each strategy."""
+    job = Job(folder, model)
+    job.save(evaluation={"seeds": 1})
+    return job
+
+
+@pytest.fixture
+def job(tiny_path: Path, tmp_path: Path) -> Job:
+    return small_job(tmp_path, tiny_path)
+
+
 @pytest.fixture(scope="module")
 def template(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
-    job = Job(tmp_path_factory.mktemp("template"), tiny_path)
+    job = small_job(tmp_path_factory.mktemp("template"), tiny_path)
     assert main(["run", str(job.path)]) == 0
     return job.run_dir
 
