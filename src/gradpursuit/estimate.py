@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from gradpursuit.evaluation.compare import heldout_loss
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
 from gradpursuit.gradients.filling import CollectSpec, StoreFiller
+from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
@@ -308,8 +310,14 @@ def _padded_tokens(table: Table, spec: CollectSpec) -> int:
     return total
 
 
+def _chosen(run: Run, sample: Sample) -> int:
+    """k, for the whole pool."""
+    selection = run.config.selection
+    return selection.k or math.ceil((selection.fraction or 0.05) * sample.rows)
+
+
 def _selection(run: Run, sample: Sample) -> Cost:
-    """At most: `max_iter` passes over the features of every strategy that reads them, as fast as memory is read."""
+    """At most: every pass over gradients that a strategy may make, as fast as memory is read."""
     settings = run.config
     block = np.ones((64 << 20) // 4, dtype=np.float32)
     start = time.monotonic()
@@ -317,17 +325,28 @@ def _selection(run: Run, sample: Sample) -> Cost:
     rate = block.nbytes / max(time.monotonic() - start, 1e-9)
     rows = len(sample.pool) * sample.scale
     spec = StoreSpec(("",), checkpoint_count(run), settings.gradients.dim, settings.gradients.store_dtype, 1, {})
-    strategies = [strategy for strategy in run.strategies() if strategy.needs(run.settings).features]
-    return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
+    return Cost(passes(run, _chosen(run, sample)) * rows * spec.nbytes / rate)
+
+
+def passes(run: Run, k: int) -> int:
+    """Over all gradients of the pool, by all strategies, at most; the signals of a forward pass are small beside them.
+
+    Args:
+        run: with the strategies.
+        k: examples that each chooses.
+    """
+    total = 0
+    for needs in (strategy.needs(run.settings) for strategy in run.strategies()):
+        read = sum(isinstance(kind, Preconditioner) for kind in needs.features)
+        total += read * (k if needs.passes == "k" else needs.passes)
+    return total
 
 
 def _evaluation(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
     """Fine-tuning and scoring of every strategy and seed, and scoring of the base model."""
-    settings, rows = run.config.evaluation, len(sample.pool) * sample.scale
-    selection = run.config.selection
-    k = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
-    cells = len(selection.strategies) * settings.seeds
-    steps = settings.epochs * -(-k // settings.batch_size)
+    settings = run.config.evaluation
+    cells = len(run.config.selection.strategies) * settings.seeds
+    steps = settings.epochs * -(-_chosen(run, sample) // settings.batch_size)
     scored = sample.heldout.take(range(0, len(sample.heldout), max(1, len(sample.heldout) // 32)))
     with tuned_model(run, run.seed("adapter")) as model, _quiet():
         heldout_loss(model, scored, run.compute)
