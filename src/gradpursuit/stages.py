@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.files import gone_note, require_space
 from gradpursuit.gradient_stage import (
-    checkpoint_count,
     choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
     load_problem,
+    read_run_trajectory,
     splits,
     tuned_model,
-    wanted_features,
 )
 
 if TYPE_CHECKING:
@@ -102,24 +101,46 @@ def _trajectory(run: Run) -> dict[str, Any]:
     settings, folder = run.config.warmup, run.folder / "trajectory"
     with tuned_model(run, run.seed("adapter")) as model:
         if settings.trajectory:
-            kinds = {kind.label for kinds in wanted_features(run).values() for kind in kinds}
-            moments = bool(kinds - {"identity", "embedding", "el2n"})
-            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=moments)
+            needed = bool(_on_moments(run))
+            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=needed)
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
     given = {"given": settings.trajectory, "inputs": run.inputs.trajectory_hashes} if settings.trajectory else {}
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute), **given}
 
 
-def _check_space(run: Run) -> None:
-    """The disk must hold the sketched gradients, beside or in place of those that are there."""
-    from gradpursuit.store import StoreSpec
+def _on_moments(run: Run) -> list[str]:
+    """Names of the configured strategies that go by gradients preconditioned with Adam's moments."""
+    names = []
+    for strategy in run.strategies():
+        kinds = strategy.needs(run.settings).features
+        if any(getattr(kind, "needs_moments", False) for kind in kinds):
+            names.append(strategy.name)
+    return names
 
-    settings, folder = run.config.gradients, run.folder / "gradients"
-    shape = (checkpoint_count(run), settings.dim, settings.store_dtype, settings.shard_rows, {})
-    needed = sum(StoreSpec(tuple(split.table.ids), *shape).nbytes * len(split.gradients) for split in splits(run))
-    present = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    require_space(folder, max(0, needed - present), "the gradient store")
+
+def _check_collecting(run: Run) -> None:
+    """The trajectory must have the moments that the strategies go by, and the disk room for the sketched gradients.
+
+    An imported trajectory may be without moments, if no strategy needed them when it was imported.
+    """
+    from gradpursuit.store import StoreSpec
+    from gradpursuit.trajectory.optimizer_files import NoMomentsError
+
+    checkpoints = read_run_trajectory(run)
+    reasons = [checkpoint.no_moments for checkpoint in checkpoints if checkpoint.no_moments]
+    if reasons and (names := _on_moments(run)):
+        raise NoMomentsError(
+            f"selection.strategies: {', '.join(names)} by Adam's moments, which the trajectory has not: {reasons[0]}"
+        )
+    settings, needed = run.config.gradients, 0
+    shape = (len(checkpoints), settings.dim, settings.store_dtype, settings.shard_rows, {})
+    for split in splits(run):
+        whole = StoreSpec(tuple(split.table.ids), *shape).nbytes
+        for kind in split.gradients:  # in place of what is there of it
+            present = sum(path.stat().st_size for path in (split.folder / kind.label).rglob("*.safetensors"))
+            needed += max(0, whole - present)
+    require_space(run.folder / "gradients", needed, "the gradient store")
 
 
 def _check_budget(run: Run) -> None:
@@ -231,7 +252,7 @@ STAGES = (
         collect_gradients,
         keep="always",
         intact=gradients_intact,
-        check=_check_space,
+        check=_check_collecting,
         plan=gradients_plan,
     ),
     Stage(

@@ -271,8 +271,15 @@ def test_without_moments_there_is_the_plain_gradient(
     assert [c.step for c in found] == list(STEPS)
     assert not list(job.run_dir.rglob("moments.safetensors"))
     capsys.readouterr()
-    assert main(["collect", str(job.path)]) == 2
-    assert "no Adam moments: the optimizer keeps" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in job.run_dir.rglob("*.*") if path.name != "log.txt"}
+    for setting in ([], [*identity, "--selection.strategies", "gtp,less"]):
+        assert main(["collect", str(job.path), *setting]) == 2
+        message = capsys.readouterr().err
+        assert f"selection.strategies: {'less' if setting else 'gtp'} by Adam's moments, which the traj" in message
+        assert f"{theirs / 'checkpoint-2' / 'optimizer.pt'}: no Adam moments: the optimizer keeps" in message
+    assert {path: path.read_bytes() for path in before} == before, "what was collected is kept, and still complete"
+    assert main(["collect", str(job.path), *identity]) == 0
+    assert "complete, nothing to do" in capsys.readouterr().err
     with (
         tuned(load_model(tiny_config), tiny_config, 0, found[0].folder) as model,
         pytest.raises(NoMomentsError, match=r"checkpoint-1: .*preconditioner: identity"),
