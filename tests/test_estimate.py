@@ -74,8 +74,8 @@ def test_the_time_of_the_gradients_is_about_what_they_take(job: Job) -> None:
     """On a machine that does other things as well, so only the order is asserted; the docs give measured figures."""
     from gradpursuit.manifest import Manifest
 
-    job.write("pool.jsonl", [job.row(i) for i in range(300)])
-    job.save(warmup={"fraction": 0.02})
+    job.write("pool.jsonl", [job.row(i) for i in range(150)])
+    job.save(warmup={"fraction": 0.04})
     found = estimate(load_config(job.path)).stages["gradients"].seconds
     assert main(["collect", str(job.path)]) == 2  # needs the stages before
     assert main(["warmup", str(job.path)]) == 0
