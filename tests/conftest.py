@@ -17,6 +17,21 @@ import pytest
 from gradpursuit.quickstart.assets import cache_folder, smollm2
 from jobs import Job
 
+# Two processes share the tests, and none of the imports above is of what reads these: one thread each, if nobody else
+# says otherwise.
+for _threads in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
+    os.environ.setdefault(_threads, "1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _settled() -> None:
+    """What is there when a module begins is no garbage.
+
+    Every training begins with a collection; looking through all libraries would be half of a small run's time.
+    """
+    gc.collect()
+    gc.freeze()
+
 
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
@@ -30,6 +45,10 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    import gradpursuit.gradients.collector  # what every run loads, before the first is settled
+    import gradpursuit.trajectory.training
+
+    gc.freeze()
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
     tokenizer = AutoTokenizer.from_pretrained(smollm2_path)
     config = LlamaConfig(
@@ -48,12 +67,6 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # Every training of the Trainer ends with a full garbage collection: half a second, more than a training of this
-    # model takes, for the objects of imported modules, which stay anyway.
-    import gradpursuit.trajectory.training  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
     return folder
 
 

@@ -1,11 +1,13 @@
 """A process that has loaded the libraries once and runs the command line in forks of itself.
 
 Each fork is a process of its own that can be stopped and killed like any other; only the seconds of importing torch
-are shared. One JSON request a line on stdin, one JSON answer a line on stdout.
+and of compiling are shared. One JSON request a line on stdin, one JSON answer a line on stdout.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import os
 import resource
@@ -34,6 +36,11 @@ class Server:
         """Begin `gradpursuit ARGUMENTS`; what it prints goes to the file `printed`."""
         pid = self._ask({"start": arguments, "printed": str(printed), "largest_file": largest_file})
         return Command(self, pid, printed)
+
+    def here(self, arguments: list[str]) -> int:
+        """Run `gradpursuit ARGUMENTS` in the process itself: what it loads and compiles is there for the forks."""
+        code: int = self._ask({"here": arguments})
+        return code
 
     def wait(self, pid: int) -> int:
         """Exit code, or minus the signal that ended it."""
@@ -74,15 +81,26 @@ def serve() -> None:
     import gradpursuit.trajectory.warmup  # noqa: F401
     from gradpursuit.cli import main
 
+    _settle()
     for line in sys.stdin:
         request = json.loads(line)
-        if "wait" in request:
+        if "here" in request:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for answers
+                answer = main(request["here"])
+            _settle()
+        elif "wait" in request:
             answer = os.waitstatus_to_exitcode(os.waitpid(request["wait"], 0)[1])
         else:
             answer = os.fork()
             if answer == 0:
                 _run(main, request)
         print(json.dumps(answer), flush=True)
+
+
+def _settle() -> None:
+    """What is there stays: no fork is to look through it for garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 def _run(main: Any, request: dict[str, Any]) -> None:

@@ -152,10 +152,13 @@ def test_a_full_disk_is_told_before_the_gradients(
         free = 70 << 20
 
     monkeypatch.setattr("shutil.disk_usage", lambda _folder: Usage)
-    message = fails(["collect", str(job.run_dir), "--gradients.dim", "500000"], capsys)
-    assert "the gradient store needs" in message
-    assert "70 MiB are free" in message
-    assert not list(job.run_dir.rglob("shard-*"))
+    for _ in range(2):  # before there are gradients, and when there are
+        before = {path: path.read_bytes() for path in job.run_dir.rglob("*.*") if path.name != "log.txt"}
+        message = fails(["collect", str(job.run_dir), "--gradients.dim", "500000"], capsys)
+        assert "the gradient store needs" in message
+        assert "70 MiB are free" in message
+        assert {path: path.read_bytes() for path in job.run_dir.rglob("*.*") if path.name != "log.txt"} == before
+        assert main(["collect", str(job.run_dir)]) == 0
 
 
 def test_an_unwritable_run_folder(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +174,7 @@ def test_every_verb_that_takes_a_configuration_takes_the_run_folder(
     for verb in ("warmup", "collect", "select"):
         assert main([verb, str(job.path), "--run-dir", str(other), "--selection.strategies", "random"]) == 0
     assert (other / "selection" / "random").is_dir()
+    assert "--run_dir: 'run_dir' = ''" in fails(["collect", str(job.path), "--run-dir", ""], capsys)
     assert main(["estimate", str(job.path), "--run-dir", str(other)]) == 0
     assert not job.run_dir.exists()
     assert f"{job.run_dir}: 'gradients' needs 'data'" in fails(
@@ -179,6 +183,17 @@ def test_every_verb_that_takes_a_configuration_takes_the_run_folder(
     for verb in (["status"], ["verify"], ["target", "list"]):
         message = fails([*verb, str(job.path)], capsys)
         assert message == f"{job.path}: a file; give the run folder instead: run_dir of the configuration, or runs/job"
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": 1, "stages": []}', '{"format": 1, "stages": {"data": 5}}'])
+def test_a_manifest_that_is_none(job: Job, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    job.run_dir.mkdir()
+    (job.run_dir / "config.yaml").write_bytes(job.path.read_bytes())
+    (job.run_dir / "manifest.json").write_text(content)
+    words = f"{job.run_dir / 'manifest.json'}: not a run manifest of format 1"
+    for verb in ("status", "select"):
+        assert words in fails([verb, str(job.run_dir)], capsys)
+    assert fails(["verify", str(job.run_dir)], capsys).count(words) == 1
 
 
 def test_run_folder_and_flags_may_stand_anywhere(job: Job) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from gradpursuit.cli import main
 from gradpursuit.config import load_config
-from gradpursuit.estimate import SAMPLE, estimate
+from gradpursuit.estimate import SAMPLE, estimate, passes
+from gradpursuit.pipeline import Run
 from jobs import Job
 
 
@@ -47,6 +48,16 @@ def test_figures_are_of_this_data(job: Job, capsys: pytest.CaptureFixture[str]) 
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages.values()))
 
 
+@pytest.mark.parametrize(
+    ("strategies", "expected"),
+    [("less", 1), ("random,rds,dsir", 0), ("gtp", 40), ("narrow", 7), ("omp", 9), ("gradmatch,less,gtp", 50)],
+)
+def test_the_selection_costs_what_its_strategies_read(job: Job, strategies: str, expected: int) -> None:
+    job.save(selection={"options": {"narrow": {"selector": "gtp", "max_iter": 7}}})
+    config = load_config(job.path, [f"selection.strategies={strategies}", "pursuit.max_iter=40"])
+    assert passes(Run(config), 9) == expected
+
+
 def test_a_larger_pool_is_sampled_and_scaled_up(job: Job) -> None:
     rows = 3 * SAMPLE
     job.write("pool.jsonl", [job.row(i) for i in range(rows)])
@@ -63,7 +74,8 @@ def test_the_time_of_the_gradients_is_about_what_they_take(job: Job) -> None:
     """On a machine that does other things as well, so only the order is asserted; the docs give measured figures."""
     from gradpursuit.manifest import Manifest
 
-    job.write("pool.jsonl", [job.row(i) for i in range(400)])
+    job.write("pool.jsonl", [job.row(i) for i in range(150)])
+    job.save(warmup={"fraction": 0.04})
     found = estimate(load_config(job.path)).stages["gradients"].seconds
     assert main(["collect", str(job.path)]) == 2  # needs the stages before
     assert main(["warmup", str(job.path)]) == 0

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from gradpursuit import lock as module
 from gradpursuit.cli import main
 from gradpursuit.errors import RunError
-from gradpursuit.lock import Owner, RunLock, holder
+from gradpursuit.lock import Owner, RunLock, holder, in_turn
 from jobs import Job
 
 
@@ -135,3 +136,25 @@ def test_every_writing_verb_is_refused_and_touches_nothing(
         assert f"at work: pid {os.getpid()}" in capsys.readouterr().out
         assert main(["target", "list", str(folder)]) == 0
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_processes_that_share_a_folder_take_turns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, order = tmp_path / "a" / "cache", []
+
+    def second() -> None:
+        with in_turn(folder):
+            order.append("second")
+
+    with caplog.at_level("INFO", "gradpursuit"):
+        with in_turn(folder):
+            other = threading.Thread(target=second)
+            other.start()
+            while not caplog.records:
+                other.join(0.01)
+            order.append("first")
+        other.join()
+    assert caplog.messages == [f"{folder}: another process is filling this folder; waiting for it"]
+    assert order == ["first", "second"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"), in_turn(tmp_path / "file" / "cache"):
+        pass

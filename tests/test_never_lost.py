@@ -39,9 +39,9 @@ def small_job(folder: Path, model: Path) -> Job:
 def warm(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory, server: Server) -> Path:
     """A run whose warm-up is done, in `run`, and whose gradients are collected, in `whole`."""
     job = small_job(tmp_path_factory.mktemp("warm"), tiny_path)
-    assert done(server, ["warmup", str(job.path)], job.folder)[0] == 0
+    assert server.here(["warmup", str(job.path), "--quiet"]) == 0
     shutil.copytree(job.run_dir, job.folder / "whole")
-    assert done(server, ["collect", str(job.folder / "whole")], job.folder)[0] == 0
+    assert server.here(["collect", str(job.folder / "whole"), "--quiet"]) == 0
     return job.folder
 
 

@@ -41,7 +41,7 @@ ORDER = {
             ("pursuit",),
             ("selection",),
             ("evaluation",),
-            ("gradient_stage",),
+            ("inputs", "gradient_stage"),
             ("comparison_stage",),
             ("report",),
             ("stages",),

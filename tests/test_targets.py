@@ -278,8 +278,14 @@ def test_other_strategies_need_only_the_features_that_are_lacking(
     assert main(["select", str(run), "--gradients.preconditioner", "identity"]) == 2, "the run's own are others now"
     assert main(["collect", str(run), "--gradients.preconditioner", "identity"]) == 0
     assert main(["select", str(run)]) == 0, "identity was collected for another strategy"
+    assert main(["collect", str(run), "--selection.strategies", "gtp,rds", "--gradients.preconditioner", "adam"]) == 0
+    capsys.readouterr()
+    assert main(["status", str(run)]) == 0
+    assert "lacks features that the strategies need (embedding)" in capsys.readouterr().out
+    assert main(command.split()[1:]) == 0
+    assert main(["select", str(run)]) == 0
     (target,) = list(targets(Run(load_config(run / "config.yaml", [f"run_dir={run}"]))))
-    assert target.features == ["adam-symmetric", "identity"]
+    assert sorted(target.features) == ["adam-symmetric", "embedding", "identity"]
 
 
 def test_a_broken_or_unfinished_target_is_named_and_mended(

@@ -274,7 +274,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--version", action="version", version=f"gradpursuit {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verb = verbs.add_parser("quickstart", help="the whole job on a small real model and real data", epilog=OVERRIDES)
-    verb.add_argument("--run-dir", default="runs/quickstart", help="the run folder (default: %(default)s)")
+    verb.add_argument("--run-dir", "--run_dir", default="runs/quickstart", help="the run folder (default: %(default)s)")
     verb.set_defaults(verb=quickstart)
     verb = verbs.add_parser("run", help="the whole job on your own files", epilog=OVERRIDES)
     verb.add_argument("config", help="the configuration, a YAML file; see examples/")
@@ -320,7 +320,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _add_run_dir(verb: argparse.ArgumentParser) -> None:
     text = "the run folder (default: run_dir of the configuration, or runs/<name of the file>)"
-    verb.add_argument("--run-dir", metavar="FOLDER", help=text)
+    verb.add_argument("--run-dir", "--run_dir", metavar="FOLDER", help=text)
 
 
 def _add_target_verbs(parser: argparse.ArgumentParser) -> None:

@@ -342,7 +342,7 @@ class EvaluationSection(Section):
 class RunConfig(Section):
     """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
 
-    run_dir: str | None = Field(None, description="the run folder; default runs/<name of the config file>")
+    run_dir: str | None = Field(None, min_length=1, description="the run folder; default runs/<name of the file>")
     seed: Whole = Field(0, ge=0, description="the one seed; every use derives its own from it")
     model: ModelSection
     data: DataSection

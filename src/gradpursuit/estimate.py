@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import resource
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from gradpursuit.evaluation.scoring import Scorer
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
 from gradpursuit.gradients.filling import CollectSpec, StoreFiller
+from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
@@ -107,8 +109,8 @@ def estimate(config: RunConfig) -> Estimate:
     Raises:
         GradPursuitError: whatever the run itself would refuse of configuration, data and model.
     """
-    check(config)
     run = Run(config)
+    check(run)
     sample = _sample(run)
     if sample.scale == 1:
         run.budget(sample.pool)
@@ -309,8 +311,14 @@ def _padded_tokens(table: Table, spec: CollectSpec) -> int:
     return total
 
 
+def _chosen(run: Run, sample: Sample) -> int:
+    """k, for the whole pool."""
+    selection = run.config.selection
+    return selection.k or math.ceil((selection.fraction or 0.05) * sample.rows)
+
+
 def _selection(run: Run, sample: Sample) -> Cost:
-    """At most: `max_iter` passes over the features of every strategy that reads them, as fast as memory is read."""
+    """At most: every pass over gradients that a strategy may make, as fast as memory is read."""
     settings = run.config
     block = np.ones((64 << 20) // 4, dtype=np.float32)
     start = time.monotonic()
@@ -318,15 +326,27 @@ def _selection(run: Run, sample: Sample) -> Cost:
     rate = block.nbytes / max(time.monotonic() - start, 1e-9)
     rows = len(sample.pool) * sample.scale
     spec = StoreSpec(("",), checkpoint_count(run), settings.gradients.dim, settings.gradients.store_dtype, 1, {})
-    strategies = [strategy for strategy in run.strategies() if strategy.needs(run.settings).features]
-    return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
+    return Cost(passes(run, _chosen(run, sample)) * rows * spec.nbytes / rate)
+
+
+def passes(run: Run, k: int) -> int:
+    """Over all gradients of the pool, by all strategies, at most; the signals of a forward pass are small beside them.
+
+    Args:
+        run: with the strategies.
+        k: examples that each chooses.
+    """
+    total = 0
+    for needs in (strategy.needs(run.settings) for strategy in run.strategies()):
+        read = sum(isinstance(kind, Preconditioner) for kind in needs.features)
+        total += read * (k if needs.passes == "k" else needs.passes)
+    return total
 
 
 def _evaluation(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
     """At most: fine-tuning and scoring of every cell; subsets that two targets share are trained once."""
     settings, rows, names = run.config.evaluation, len(sample.pool) * sample.scale, target_names(run)
-    selection = run.config.selection
-    own = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
+    own = _chosen(run, sample)
     wanted = [b if isinstance(b, int) else -(-b * rows // 1) for b in settings.budgets] or [own]
     equal = settings.steps or settings.epochs * -(-max(wanted) // settings.batch_size)
     full = [rows] if "full" in settings.endpoints else []

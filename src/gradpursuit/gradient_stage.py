@@ -226,11 +226,10 @@ def collect_spec(run: Run) -> Any:
 
 def tuned_model(run: Run, seed: int) -> AbstractContextManager[Any]:
     """The base model with what is trained of it, fresh from `seed`: of the kind that the run's trajectory has."""
-    from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.tuning import tuned
 
-    paths = run.config.warmup.trajectory
-    return tuned(run.base, run.config.model, seed, checkpoint_folders(paths)[0] if paths else None)
+    given = run.inputs.checkpoints
+    return tuned(run.base, run.config.model, seed, given[0] if given else None)
 
 
 def read_run_trajectory(run: Run) -> list[Checkpoint]:
@@ -250,11 +249,7 @@ def read_run_trajectory(run: Run) -> list[Checkpoint]:
 
 def checkpoint_count(run: Run) -> int:
     """T: as configured, or as many as the given trajectory has."""
-    if not run.config.warmup.trajectory:
-        return run.config.warmup.checkpoints
-    from gradpursuit.trajectory.imported import checkpoint_folders
-
-    return len(checkpoint_folders(run.config.warmup.trajectory))
+    return len(run.inputs.checkpoints) or run.config.warmup.checkpoints
 
 
 def kept_rows(run: Run, split: Split) -> Any:
@@ -339,10 +334,11 @@ def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
 
 
 def gradients_plan(run: Run) -> dict[str, Any]:
-    """The stores that the stage is going to write: labels by split, and of `signals` by split."""
+    """The stores that the stage is going to write: labels by split, and of `signals` by split; what a target needs."""
     found = {split.name: split for split in splits(run)}
     plan: dict[str, Any] = {name: [kind.label for kind in split.gradients] for name, split in found.items()}
-    return {**plan, "signals": {name: [kind.label for kind in split.signals] for name, split in found.items()}}
+    plan["signals"] = {name: [kind.label for kind in split.signals] for name, split in found.items()}
+    return {**plan, "of_a_target": [kind.label for kind in target_features(run)]}
 
 
 def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""One writer at a time: the lock of a run folder.
+"""One writer at a time: the lock of a run folder, and of a cache that processes share.
 
 The lock is the operating system's (`flock` on `RUN/.lock`), so it ends with the process that holds it, however that
 ends: a lock cannot outlive a kill, a power loss or a restart, and no process number is ever taken for another's. The
@@ -21,7 +21,8 @@ import shutil
 import socket
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -153,6 +154,28 @@ class RunLock:
             f"Nothing was changed. Wait for it (`gradpursuit status {self.folder}` shows how far it is), {end}, "
             "or choose another run folder"
         )
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder that processes share, such as a cache; while another holds it, wait.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise disk_error(error, folder) from error
+    try:
+        if _lock(file, shared=False) is False:
+            logger.info("%s: another process is filling this folder; waiting for it", folder)
+            while _lock(file, shared=False) is False:
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(file)  # the lock goes with it
 
 
 def holder(folder: Path) -> Owner | None:

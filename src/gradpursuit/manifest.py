@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +37,8 @@ class Manifest:
         if not self._path.is_file():
             return {"format": FORMAT, "created": _now(), "stages": {}}
         value = read_json(self._path)
-        if not isinstance(value, dict) or value.get("format") != FORMAT or "stages" not in value:
+        stages = value.get("stages") if isinstance(value, dict) and value.get("format") == FORMAT else None
+        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
             raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
         return value
 
@@ -111,6 +113,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in _PACKAGES:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import gone_note, kept_if_refused, known_hashes, read_json, stamp_of, write_text
+from gradpursuit.files import kept_if_refused, read_json, write_text
 from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
+from gradpursuit.inputs import Inputs
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
@@ -52,6 +53,7 @@ class Run:
         self.folder = Path(config.run_dir)
         self.manifest = Manifest(self.folder)
         self.lock = RunLock(self.folder)
+        self.inputs = Inputs(config, self.folder, self.manifest, quick=quick)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -73,7 +75,7 @@ class Run:
         names = [stage.name for stage in STAGES]
         begin = names.index(first) if first else 0
         with self.lock:
-            check(self.config)
+            check(self)
             fingerprint = ""
             for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
                 fingerprint = self.fingerprint_of(stage, fingerprint)
@@ -201,10 +203,10 @@ class Run:
             section, _, key = setting.partition(".")
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
-            value["inputs"] = list(self.input_hashes.values())
+            value["inputs"] = list(self.inputs.hashes.values())
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
-            value["inputs"] = self.trajectory_hashes
+            value["inputs"] = self.inputs.trajectory_hashes
         if stage.name == "data" and self.config.data.in_domain:
             value["in_domain"] = True
         if stage.name == "gradients":
@@ -227,27 +229,6 @@ class Run:
     def model_identity(self) -> dict[str, Any]:
         """What tells the model from others."""
         return model_identity(self.config.model)
-
-    @cached_property
-    def input_hashes(self) -> dict[str, str]:
-        """sha256 of every input file.
-
-        That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
-        of the same size and time.
-
-        Raises:
-            RunError: a file cannot be read, and it is not known what was in it.
-        """
-        data, known = self.config.data, self.manifest.entry("data").get("detail", {})
-        stamps = known.get("stamps", {}) if self.quick else {}
-        found = known_hashes([*data.pool, *(data.target or []), *data.heldout], known.get("inputs", {}), stamps)
-        if (note := gone_note(found)) and not self.quick:
-            logger.info("note: %s", note)
-        return found
-
-    def input_stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of every input file, which tell a quick look that it is still the same."""
-        return {path: stamp_of(path) for path in self.input_hashes}
 
     @cached_property
     def target(self) -> Target | None:
@@ -285,13 +266,6 @@ class Run:
         if self.target:
             left_out = leaks(pool, self.target_table("target"), self.target_table("heldout"))
         return np.delete(np.arange(len(pool)), left_out)
-
-    @cached_property
-    def trajectory_hashes(self) -> dict[str, str]:
-        """sha256 of every file of the trajectory that the run was given."""
-        from gradpursuit.trajectory.imported import trajectory_hashes
-
-        return trajectory_hashes(self.config.warmup.trajectory)
 
     @cached_property
     def compute(self) -> Compute:
@@ -374,7 +348,7 @@ class Run:
         return from_json(read_json(path))
 
 
-def check(config: RunConfig) -> None:
+def check(run: Run) -> None:
     """Refuse early what can be known before any work: strategies, the device, a trajectory that was given.
 
     Raises:
@@ -384,9 +358,10 @@ def check(config: RunConfig) -> None:
     from gradpursuit.selection import check_strategies
     from gradpursuit.trajectory.model import Compute
 
+    config = run.config
     check_strategies(config)
     Compute.of(config.model)
-    if config.warmup.trajectory:
+    if config.warmup.trajectory and not run.inputs.trajectory_is_gone:
         from gradpursuit.trajectory.imported import check_trajectory
 
         check_trajectory(config)

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.comparison_stage import check_comparison, compare
 from gradpursuit.errors import DataError, SelectionError
-from gradpursuit.files import gone_note
+from gradpursuit.files import gone_note, require_space
 from gradpursuit.gradient_stage import (
     choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
     load_problem,
+    read_run_trajectory,
+    splits,
     tuned_model,
-    wanted_features,
 )
 
 if TYPE_CHECKING:
@@ -69,23 +70,26 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
+    return {**counts, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
 
 
 def _check_inputs(run: Run) -> None:
     """The files to clean must be there, even if it is known what was in them."""
-    if note := gone_note(run.input_hashes):
+    if note := gone_note(run.inputs.files):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
             "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
         )
 
 
-def _check_steps(run: Run) -> None:
-    """The warm-up must have a step for every checkpoint."""
+def _check_trajectory(run: Run) -> None:
+    """The warm-up must have a step for every checkpoint; a trajectory that was given must be there to be read again."""
+    from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
-    if not run.config.warmup.trajectory:
+    if run.config.warmup.trajectory:
+        checkpoint_folders(run.config.warmup.trajectory)
+    else:
         warmup_plan(run.config.warmup, len(run.table("pool")), run.seed("warmup"))
 
 
@@ -97,12 +101,46 @@ def _trajectory(run: Run) -> dict[str, Any]:
     settings, folder = run.config.warmup, run.folder / "trajectory"
     with tuned_model(run, run.seed("adapter")) as model:
         if settings.trajectory:
-            kinds = {kind.label for kinds in wanted_features(run).values() for kind in kinds}
-            moments = bool(kinds - {"identity", "embedding", "el2n"})
-            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=moments)
+            needed = bool(_on_moments(run))
+            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=needed)
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
-    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
+    given = {"given": settings.trajectory, "inputs": run.inputs.trajectory_hashes} if settings.trajectory else {}
+    return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute), **given}
+
+
+def _on_moments(run: Run) -> list[str]:
+    """Names of the configured strategies that go by gradients preconditioned with Adam's moments."""
+    names = []
+    for strategy in run.strategies():
+        kinds = strategy.needs(run.settings).features
+        if any(getattr(kind, "needs_moments", False) for kind in kinds):
+            names.append(strategy.name)
+    return names
+
+
+def _check_collecting(run: Run) -> None:
+    """The trajectory must have the moments that the strategies go by, and the disk room for the sketched gradients.
+
+    An imported trajectory may be without moments, if no strategy needed them when it was imported.
+    """
+    from gradpursuit.store import StoreSpec
+    from gradpursuit.trajectory.optimizer_files import NoMomentsError
+
+    checkpoints = read_run_trajectory(run)
+    reasons = [checkpoint.no_moments for checkpoint in checkpoints if checkpoint.no_moments]
+    if reasons and (names := _on_moments(run)):
+        raise NoMomentsError(
+            f"selection.strategies: {', '.join(names)} by Adam's moments, which the trajectory has not: {reasons[0]}"
+        )
+    settings, needed = run.config.gradients, 0
+    shape = (len(checkpoints), settings.dim, settings.store_dtype, settings.shard_rows, {})
+    for split in splits(run):
+        whole = StoreSpec(tuple(split.table.ids), *shape).nbytes
+        for kind in split.gradients:  # in place of what is there of it
+            present = sum(path.stat().st_size for path in (split.folder / kind.label).rglob("*.safetensors"))
+            needed += max(0, whole - present)
+    require_space(run.folder / "gradients", needed, "the gradient store")
 
 
 def _check_budget(run: Run) -> None:
@@ -185,7 +223,7 @@ STAGES = (
         _data,
         check=_check_inputs,
     ),
-    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_steps),
+    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_trajectory),
     Stage(
         "gradients",
         "collect",
@@ -195,6 +233,7 @@ STAGES = (
         collect_gradients,
         keep="always",
         intact=gradients_intact,
+        check=_check_collecting,
         plan=gradients_plan,
     ),
     Stage(

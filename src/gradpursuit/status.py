@@ -102,7 +102,8 @@ def read_status(run: Run) -> RunStatus:
                 note = str(error)
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed
-        told = note if note != earlier else gone_note(run.input_hashes) if stage.name == "data" else ""
+        inputs = {"data": run.inputs.files, "trajectory": run.inputs.trajectory}.get(stage.name, [])
+        told = note if note != earlier else "" if note else gone_note(inputs)
         stages.append(_stage(run, stage.name, state, entry, owner, told))
     return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
 

@@ -96,11 +96,11 @@ class Target:
 
     @property
     def lacking(self) -> list[str]:
-        """Labels of features that the run's own target has for the configured strategies, and this one has not."""
+        """Labels of features that the configured strategies need of a target, and this one has not."""
         entry = self._run.manifest.entry("gradients")
         if entry.get("fingerprint") != self._run.fingerprint("gradients"):
             return []  # the run lacks them itself
-        return [label for label in entry.get("plan", {}).get("target", []) if label not in self.features]
+        return [label for label in entry.get("plan", {}).get("of_a_target", []) if label not in self.features]
 
     def state(self) -> State:
         """How far it got, for the run as it is configured now."""

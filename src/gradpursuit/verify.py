@@ -77,7 +77,7 @@ def verify(run: Run, sample: int = 8) -> Verification:
                 f"differently: 1 - cos = {check.worst.lost:.1e}, allowed {allowed + STORED[check.dtype]:.1e}; "
                 "collect the gradients again"
             )
-    return Verification(problems, checks)
+    return Verification(list(dict.fromkeys(problems)), checks)
 
 
 def _stage_problems(run: Run, stage: Stage) -> Iterator[str]:

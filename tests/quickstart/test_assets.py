@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 import logging
 import socket
+import tarfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from gradpursuit.errors import DownloadError, RunError
-from gradpursuit.quickstart.assets import Archive, cache_folder, fetch
+from gradpursuit.quickstart import assets as module
+from gradpursuit.quickstart.assets import Archive, bigbench_tasks, cache_folder, fetch
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 NAME = "a_package-1.0-py3-none-any.whl"
@@ -76,6 +81,26 @@ def test_success_is_checked_and_kept(serve: Serve, tmp_path: Path) -> None:
     count = len(asked)
     assert fetch(ARCHIVE, tmp_path / "cache") == path
     assert len(asked) == count  # nothing is fetched twice
+
+
+def test_several_processes_fetch_once(serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when tests or quickstarts are started together: one fetches and unpacks, the others use what it made."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for task in ("one", "two"):
+            content = json.dumps({"name": task}).encode()
+            member = tarfile.TarInfo(f"a/bigbench/benchmark_tasks/{task}/task.json")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    archive = packed.getvalue()
+    monkeypatch.setattr(
+        module, "BIGBENCH", Archive("a-package", NAME, hashlib.sha256(archive).hexdigest(), len(archive))
+    )
+    asked = serve(archive)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: bigbench_tasks(tmp_path, ["one", "two"]), range(4)))
+    assert found == [{"one": {"name": "one"}, "two": {"name": "two"}}] * 4
+    assert len([path for path in asked if path.startswith("/files/")]) == 1
 
 
 def test_damaged_file_is_fetched_again(serve: Serve, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -127,6 +127,29 @@ def test_a_whole_run_on_given_checkpoints(
     )
 
 
+def test_a_trajectory_that_was_imported_is_needed_no_more(
+    theirs: Path, job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job_of(job, theirs, selection={"strategies": ["gtp"]}, evaluation={"seeds": 1})
+    assert main(["warmup", str(job.path)]) == 0
+    assert main(["collect", str(job.path)]) == 0
+    theirs.rename(away := theirs.with_name("away"))
+    note = f"not there any more: {theirs}; what was made of it is used"
+    for verb in (["run", str(job.path)], ["verify", str(job.run_dir), "--sample", "2"]):
+        capsys.readouterr()
+        assert main(verb) == 0
+        assert capsys.readouterr().err.count(f"note: {note}") == 1
+    assert main(["status", str(job.run_dir)]) == 0
+    printed = capsys.readouterr().out
+    assert f"trajectory: {note}" in printed
+    assert printed.count("complete") == 7
+    before = [path.read_bytes() for path in sorted((job.run_dir / "trajectory").rglob("*")) if path.is_file()]
+    assert main(["warmup", str(job.run_dir), "--seed", "5"]) == 2
+    assert f"warmup.trajectory: {theirs}: no such folder" in capsys.readouterr().err
+    assert [path.read_bytes() for path in sorted((job.run_dir / "trajectory").rglob("*")) if path.is_file()] == before
+    assert main(["warmup", str(job.run_dir), "--warmup.trajectory", str(away), "--seed", "5"]) == 0
+
+
 def test_hashes_are_of_what_is_read(theirs: Path) -> None:
     before = trajectory_hashes([str(theirs)])
     assert {name.split("/")[0] for name in before} == {"1", "2", "3"}
@@ -248,8 +271,15 @@ def test_without_moments_there_is_the_plain_gradient(
     assert [c.step for c in found] == list(STEPS)
     assert not list(job.run_dir.rglob("moments.safetensors"))
     capsys.readouterr()
-    assert main(["collect", str(job.path)]) == 2
-    assert "no Adam moments: the optimizer keeps" in capsys.readouterr().err
+    before = {path: path.read_bytes() for path in job.run_dir.rglob("*.*") if path.name != "log.txt"}
+    for setting in ([], [*identity, "--selection.strategies", "gtp,less"]):
+        assert main(["collect", str(job.path), *setting]) == 2
+        message = capsys.readouterr().err
+        assert f"selection.strategies: {'less' if setting else 'gtp'} by Adam's moments, which the traj" in message
+        assert f"{theirs / 'checkpoint-2' / 'optimizer.pt'}: no Adam moments: the optimizer keeps" in message
+    assert {path: path.read_bytes() for path in before} == before, "what was collected is kept, and still complete"
+    assert main(["collect", str(job.path), *identity]) == 0
+    assert "complete, nothing to do" in capsys.readouterr().err
     with (
         tuned(load_model(tiny_config), tiny_config, 0, found[0].folder) as model,
         pytest.raises(NoMomentsError, match=r"checkpoint-1: .*preconditioner: identity"),

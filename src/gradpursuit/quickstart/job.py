@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 
 from gradpursuit.config import RunConfig, build_config
-from gradpursuit.pipeline import check
+from gradpursuit.pipeline import Run, check
 from gradpursuit.quickstart.assets import MODEL, cache_folder, smollm2
 from gradpursuit.quickstart.build import build
 from gradpursuit.tree import apply_overrides
@@ -28,7 +28,7 @@ def quickstart_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig
     for name in ("pool", "target", "heldout"):
         tree["data"].setdefault(name, [str(run_dir / "input" / f"{name}.jsonl")])
     config = build_config(tree, "quickstart", overrides)  # refuses what is wrong before anything is fetched
-    check(config)
+    check(Run(config))
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -20,24 +21,34 @@ _FOLDER = "page"
 
 def render(report: Mapping[str, Any]) -> str:
     """The page: styles and script inside, every text of the data escaped, every request forbidden."""
-    environment = Environment(
+    script = _read("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            report=report,
+            charts=charts,
+            style=Markup(_read("report.css")),
+            script=Markup(script),
+            script_digest=digest,
+        )
+    )
+
+
+@cache
+def _environment() -> Environment:
+    """What keeps the templates, compiled at first use."""
+    made = Environment(
         loader=FunctionLoader(_read),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"duration": duration, "size": size, "yaml": _yaml, "percent": _percent}
-    environment.tests["given"] = lambda part: not (isinstance(part, Mapping) and "missing" in part)
-    script = _read("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("report.html.jinja").render(
-        report=report,
-        charts=charts,
-        style=Markup(_read("report.css")),
-        script=Markup(script),
-        script_digest=digest,
-    )
+    made.filters |= {"duration": duration, "size": size, "yaml": _yaml, "percent": _percent}
+    made.tests["given"] = lambda part: not (isinstance(part, Mapping) and "missing" in part)
+    return made
 
 
 def _read(name: str) -> str:

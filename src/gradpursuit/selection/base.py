@@ -82,11 +82,13 @@ class Needs:
         text: whether it reads rendered text.
         target: what it asks of the target: its single "rows", only their "mean" (so that the pool can be its own
             target), or "none".
+        passes: how often it reads all features of the pool, at most; "k": once for each example that it chooses.
     """
 
     features: tuple[FeatureKind, ...] = ()
     text: bool = False
     target: Literal["none", "mean", "rows"] = "rows"
+    passes: int | Literal["k"] = 1
 
     def __str__(self) -> str:
         gradients = ", ".join(kind.label for kind in self.features if isinstance(kind, Preconditioner))

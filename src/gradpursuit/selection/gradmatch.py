@@ -35,7 +35,7 @@ class GradMatch(MatchingSection):
 
     def needs(self, settings: Settings) -> Needs:
         """Gradients."""
-        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean")
+        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean", passes="k")
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """At most `k` examples, those that each group chose first leading.

@@ -30,7 +30,9 @@ class GTP(PursuitSection):
 
     def needs(self, settings: Settings) -> Needs:
         """Gradients."""
-        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean")
+        own = settings_of(self, settings.pursuit)
+        assert isinstance(own, PursuitSection)
+        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean", passes=own.max_iter)
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """Pursue the target's trajectory; fewer than `k` only with `saturation="stop"` or an exhausted pool.

@@ -28,7 +28,7 @@ class OMP(MatchingSection):
 
     def needs(self, settings: Settings) -> Needs:
         """Gradients."""
-        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean")
+        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean", passes="k")
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """At most `k` examples; fewer when no further one correlates with the residual.

@@ -48,7 +48,7 @@ class TAROT(Section):
 
     def needs(self, settings: Settings) -> Needs:
         """Gradients, of single target rows."""
-        return Needs((preconditioner_of(self.preconditioner, settings),))
+        return Needs((preconditioner_of(self.preconditioner, settings),), passes=3)  # mean, covariance, neighbours
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """`k` rows, ring by ring, the nearest of each ring first; equally near ones in pool order."""

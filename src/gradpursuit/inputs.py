@@ -1,0 +1,87 @@
+"""What a run is made of: the files of its data, and a trajectory that it was given.
+
+What was made of them stays in the run folder, so later stages go on when they are gone: then they count as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from gradpursuit.config import RunConfig
+from gradpursuit.files import gone_note, known_hashes, stamp_of
+from gradpursuit.manifest import Manifest
+
+logger = logging.getLogger("gradpursuit")
+
+
+class Inputs:
+    """The inputs of a run.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        manifest: of the run; tells what there was when a stage read it.
+        quick: know files by name, size and time instead of reading them, and leave it to others to tell what is gone.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, manifest: Manifest, *, quick: bool = False) -> None:
+        data = config.data
+        self.files = [*data.pool, *(data.target or []), *data.heldout]
+        self.trajectory = config.warmup.trajectory
+        self._folder, self._manifest, self._quick = folder, manifest, quick
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """sha256 of every input file.
+
+        That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
+        of the same size and time.
+
+        Raises:
+            RunError: a file cannot be read, and it is not known what was in it.
+        """
+        known = self._manifest.entry("data").get("detail", {})
+        stamps = known.get("stamps", {}) if self._quick else {}
+        found = known_hashes(self.files, known.get("inputs", {}), stamps)
+        self._tell(self.files)
+        return found
+
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of change of every input file, which tell a quick look that it is still the same."""
+        return {path: stamp_of(path) for path in self.files}
+
+    @cached_property
+    def trajectory_is_gone(self) -> bool:
+        """Whether the trajectory that was given is not there any more, but what was made of it is."""
+        detail = self._manifest.entry("trajectory").get("detail", {})
+        return detail.get("given", []) == self.trajectory and self._tell(self.trajectory)
+
+    @cached_property
+    def trajectory_hashes(self) -> dict[str, str]:
+        """sha256 of every file of the trajectory that was given."""
+        if self.trajectory_is_gone:
+            return dict(self._manifest.entry("trajectory")["detail"]["inputs"])
+        from gradpursuit.trajectory.imported import trajectory_hashes
+
+        return trajectory_hashes(self.trajectory)
+
+    @cached_property
+    def checkpoints(self) -> list[Path]:
+        """Folders of the trajectory that was given; if it is gone, of what was made of it; if none was, none."""
+        if self.trajectory_is_gone:
+            count = len(self._manifest.entry("trajectory")["detail"]["checkpoints"])
+            return [self._folder / "trajectory" / f"checkpoint-{t}" for t in range(1, count + 1)]
+        if not self.trajectory:
+            return []
+        from gradpursuit.trajectory.imported import checkpoint_folders
+
+        return checkpoint_folders(self.trajectory)
+
+    def _tell(self, paths: list[str]) -> bool:
+        """Whether some are gone; a quick look tells it elsewhere."""
+        note = gone_note(paths)
+        if note and not self._quick:
+            logger.info("note: %s", note)
+        return bool(note)
