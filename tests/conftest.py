@@ -46,7 +46,7 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     import gradpursuit.gradients.collector  # what every run loads, before the first is settled
-    import gradpursuit.trajectory.training
+    import gradpursuit.trajectory.training  # noqa: F401
 
     gc.freeze()
     folder = tmp_path_factory.mktemp("tiny") / "tiny-llama"
