@@ -307,8 +307,10 @@ def run_peer(peer: str, rows: list[Row]) -> tuple[str, dict[str, Any]]:
     return name, found
 
 
-def report(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything that was asked for."""
+def report(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything that was asked for; peers first, while this process holds no model beside them."""
+    peers = dict(run_peer(peer, bigbench_rows()) for peer in arguments.peer)
+    world = build(arguments)
     seconds = measure(world, arguments.rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rates = {name: len(world.rows) / value for name, value in medians.items()}
@@ -317,7 +319,9 @@ def report(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
         "whole row / forward + backward, adapter folded in": medians[WHOLE] / medians[BARE],
         "plain training step / whole row": medians[PLAIN] / medians[WHOLE],
     }
-    found: dict[str, Any] = {"machine": machine(world), "rows": len(world.rows), "seconds": seconds, "rows/s": rates}
+    found: dict[str, Any] = {
+        "machine": machine(world), "rows": len(world.rows), "seconds": seconds, "rows/s": rates, **peers
+    }  # fmt: skip
     if world.compute.autocast:
         found["1 - cos to float32"] = precision_effect(world)
     if world.compute.device.type == "cpu":
@@ -328,10 +332,8 @@ def report(world: World, arguments: argparse.Namespace) -> dict[str, Any]:
         reference = reference_rows_per_second(world.model, world.rows, world.state, limit=arguments.reference)
         rates["reference: one by one, dense projection"] = reference.rows_per_second
         ratios["whole row / reference, rows a second"] = rates[WHOLE] * reference.seconds_per_row
-    for peer in arguments.peer:
-        name, found_peer = run_peer(peer, world.rows)
-        found[name] = found_peer
-        rates[name] = found_peer["rows_per_second"]
+    for name, peer in peers.items():
+        rates[name] = peer["rows_per_second"]
         ratios[f"whole row / {name}, rows a second"] = rates[WHOLE] / rates[name]
     return {**found, "ratios": ratios}
 
@@ -367,7 +369,7 @@ def main() -> None:
     if arguments.memory:
         print(memory_of_one(arguments))
         return
-    found = report(build(arguments), arguments)
+    found = report(arguments)
     print(json.dumps(found["machine"]))
     for name, rate in found["rows/s"].items():
         print(f"{rate:9.2f} rows/s  {name}")
