@@ -189,5 +189,5 @@ def _origin(run: Run) -> dict[str, Any]:
     return {
         "model": run.model_identity,
         "adapter": {name: model[name] for name in ("lora", "layers")},
-        "trajectory": run.trajectory_hashes if run.config.warmup.trajectory else None,
+        "trajectory": run.inputs.trajectory_hashes if run.config.warmup.trajectory else None,
     }
