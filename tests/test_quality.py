@@ -30,7 +30,7 @@ ORDER = {
         (
             ("errors", "progress", "__init__"),
             ("config", "files"),
-            ("identity", "lock"),
+            ("identity", "lock", "hub", "sources"),
             ("live", "counting"),
             ("manifest",),
             ("data",),

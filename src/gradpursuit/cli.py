@@ -126,11 +126,16 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target add RUN --name N --file F`."""
+    from gradpursuit.config import SourceSection
     from gradpursuit.pipeline import Run
+    from gradpursuit.sources import located
     from gradpursuit.targets import TargetFiles, add_target
 
     config = _load(_run_folder(arguments.run) / "config.yaml", overrides)
-    files = TargetFiles(tuple(map(_absolute, arguments.file)), tuple(map(_absolute, arguments.heldout)))
+    named = [
+        [located(SourceSection(path=path)).path for path in paths] for paths in (arguments.file, arguments.heldout)
+    ]
+    files = TargetFiles(*map(tuple, named))
     quiet_libraries()
     made = Run(config)
     with at_work(made):
@@ -203,12 +208,13 @@ def _load(path: Path, overrides: list[str]) -> RunConfig:
     The configuration of a run folder is that of the folder it lies in, wherever that was moved to.
     """
     from gradpursuit.config import load_config
+    from gradpursuit.sources import located
 
     if (path.parent / "manifest.json").is_file() and not any(o.startswith("run_dir=") for o in overrides):
         overrides = [*overrides, _run_dir(path.parent)]
     config = load_config(path, overrides)
     data, model = config.data, Path(config.model.path).expanduser()
-    absolute = {name: [_absolute(file) for file in getattr(data, name)] for name in ("pool", "target", "heldout")}
+    absolute = {name: list(map(located, getattr(data, name))) for name in ("pool", "target", "heldout")}
     return config.model_copy(
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
@@ -269,13 +275,15 @@ def _add_target_verbs(parser: argparse.ArgumentParser) -> None:
     verb = verbs.add_parser("add", help=text, description=text)
     verb.add_argument("run", metavar="RUN", help="a run folder whose gradients are collected")
     verb.add_argument("--name", required=True, help="what selection.target is to call it")
-    verb.add_argument("--file", required=True, action="append", help="a JSONL file of target examples; may be repeated")
+    verb.add_argument(
+        "--file", required=True, action="append", help="a file, glob or hub id of target examples; may be repeated"
+    )
     verb.add_argument(
         "--heldout",
         default=[],
         action="append",
         metavar="FILE",
-        help="a JSONL file of examples for scoring only; may be repeated (default: split off from the target)",
+        help="examples for scoring only; may be repeated (default: split off from the target)",
     )
     verb.add_argument("--replace", action="store_true", help="replace a target of that name that has other content")
     verb.set_defaults(verb=target_add)

@@ -20,12 +20,27 @@ from pydantic import (
     Strict,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from gradpursuit.errors import ConfigError, nearest
 
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
+Turns = Literal["assistant", "last-turn", "full"]
+ColumnName = Literal[
+    "id",
+    "messages",
+    "conversations",
+    "prompt",
+    "completion",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "text",
+    "tools",
+]
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -75,6 +90,9 @@ class ModelSection(Section):
 
     path: str = Field(description="folder, hub id, or a GGUF file of a causal language model")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the model's files; only for models that you trust"
+    )
     device: str = Field("auto", description="'auto' (CUDA when there is one), 'cpu' or 'cuda'")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -111,23 +129,76 @@ class ModelSection(Section):
         return self
 
 
+class SourceSection(Section):
+    """Where rows come from; a plain path stands for one with nothing else given."""
+
+    path: str = Field(
+        min_length=1, description="file, glob, folder that datasets.save_to_disk wrote, or hub id (owner/name)"
+    )
+    name: str | None = Field(
+        None, min_length=1, description="what its rows are counted and grouped under; default: the path of each file"
+    )
+    split: str | None = Field(None, description="of a hub id (default: train) or of a saved DatasetDict")
+    subset: str | None = Field(None, description="configuration of a hub data set")
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    columns: dict[ColumnName, str] | None = Field(
+        None, description="as data.columns, for this source alone: which column holds what"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer
+    def _shortest(self) -> str | dict[str, Any]:
+        given = {name: value for name, value in self if value is not None}
+        return self.path if set(given) == {"path"} else given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given beside the path."""
+        return {name: value for name, value in self if value is not None and name != "path"}
+
+
+Sources = list[SourceSection]
+
+
 class DataSection(Section):
     """The examples to choose from and the examples of the task that matters."""
 
-    pool: list[str] = Field(description="JSONL file or files of the pool")
-    target: list[str] = Field(description="JSONL file or files of the target: a few dozen examples")
-    heldout: list[str] = Field(
+    pool: Sources = Field(description="where the pool comes from: one source or several")
+    target: Sources = Field(description="where the target comes from: a few dozen examples; every name is a group")
+    heldout: Sources = Field(
         default_factory=list, description="target examples for scoring only; empty: split off from the target"
+    )
+    columns: dict[ColumnName, str] = Field(
+        default_factory=dict, description="which column holds what, where it is not called so: {prompt: question}"
+    )
+    turns: Turns = Field(
+        "assistant", description="what is supervised: every assistant turn, the last one alone, or all tokens"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="variables for the chat template, such as {enable_thinking: false}"
+    )
+    deduplicate: Literal["exact", "near", "none"] = Field(
+        "exact", description="keep one of the pool rows with the same text, or nearly the same, or keep all"
+    )
+    near_threshold: Number = Field(
+        0.8, gt=0, lt=1, description="Jaccard similarity of three-word shingles from which rows are near duplicates"
+    )
+    leaks: Literal["remove", "keep"] = Field(
+        "remove", description="pool rows that hold the text of a target or held-out row"
     )
     max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
     max_dropped: Number = Field(
-        0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
+        0.5, ge=0, le=1, description="share of a split's rows that may be unusable before it is an error"
     )
 
     @field_validator("pool", "target", "heldout", mode="before")
     @classmethod
     def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, (str, Mapping)) else value
 
 
 class WarmupSection(Section):
@@ -370,7 +441,7 @@ def _explain(item: dict[str, Any]) -> str:
 
 def _section_at(keys: Sequence[str]) -> type[BaseModel]:
     section: type[BaseModel] = RunConfig
-    for key in keys:
+    for key in filter(str.isidentifier, keys):  # a place in a list is none
         annotation = section.model_fields[key].annotation
         kinds = get_args(annotation) or (annotation,)  # a section, or `Section | None`
         section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))

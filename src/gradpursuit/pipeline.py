@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import sha256_of, write_text
+from gradpursuit.files import write_text
 from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.sources import content_files, content_hash
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
+SPLITS = ("pool", "target", "heldout")
 
 
 class Run:
@@ -163,6 +165,7 @@ class Run:
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
             value["inputs"] = list(self.input_hashes.values())
+            value["sources"] = {name: [s.options for s in getattr(self.config.data, name)] for name in SPLITS}
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.trajectory_hashes
@@ -183,8 +186,8 @@ class Run:
         return {
             path: hashes[path]
             if path in hashes and path in stamps and stamps[path] == _stamp(path)
-            else sha256_of(Path(path))
-            for path in [*data.pool, *data.target, *data.heldout]
+            else content_hash(path)
+            for path in content_files([*data.pool, *data.target, *data.heldout])
         }
 
     def input_stamps(self) -> dict[str, list[int]]:
@@ -212,13 +215,11 @@ class Run:
         """Positions of the pool rows that may be chosen: all, but those that repeat a row of an added target."""
         import numpy as np
 
-        from gradpursuit.data import leaks
+        from gradpursuit.data import left_out
 
-        pool = self.table("pool")
-        left_out: list[int] = []
-        if self.target:
-            left_out = leaks(pool, self.target_table("target"), self.target_table("heldout"))
-        return np.delete(np.arange(len(pool)), left_out)
+        ids = self.table("pool").ids
+        ruled_out = left_out(self.target_folder / "data") if self.target else set()
+        return np.array([i for i, name in enumerate(ids) if name not in ruled_out], dtype=np.int64)
 
     @cached_property
     def trajectory_hashes(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradpursuit.config import DataSection
 from gradpursuit.errors import SelectionError
 from gradpursuit.gradient_stage import (
     choosable,
@@ -63,7 +64,7 @@ def _data(run: Run) -> dict[str, Any]:
     from gradpursuit.trajectory.model import load_tokenizer
 
     config = run.config
-    renderer = Renderer(load_tokenizer(config.model))
+    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
     counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
@@ -173,9 +174,13 @@ def _report(run: Run) -> dict[str, Any]:
     return {}
 
 
+DATA = (
+    *(f"data.{name}" for name in DataSection.model_fields if name not in ("pool", "target", "heldout")),
+    "evaluation.holdout",
+)
 EACH = "selection/{strategy}/selected.jsonl"
 STAGES = (
-    Stage("data", "warmup", ("data",), (), ("data.max_tokens", "data.max_dropped", "evaluation.holdout"), _data),
+    Stage("data", "warmup", ("data",), (), DATA, _data),
     Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory),
     Stage(
         "gradients",

@@ -211,7 +211,7 @@ def _line(stage: StageStatus) -> tuple[str, ...]:
 def _now(now: dict[str, Any]) -> str:
     age = time.time() - now["updated"]
     told = f", told {clock(age)} ago" if age > 10 else ""
-    return f"{now['what']}: {now['done']}/{now['total']} {now['unit']}, {now['rate']:.3g} {now['unit']}/s{told}"
+    return f"{now['what']}: {now['done']}/{now['total'] or '?'} {now['unit']}, {now['rate']:.3g} {now['unit']}/s{told}"
 
 
 def target_lines(found: Sequence[dict[str, Any]]) -> list[str]:

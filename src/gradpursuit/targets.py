@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.config import target_name
+from gradpursuit.config import SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
-from gradpursuit.files import read_json, sha256_of
+from gradpursuit.files import read_json
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.sources import content_files, content_hash
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -40,7 +40,12 @@ class TargetFiles:
     @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
         """sha256 of every file, by split and path."""
-        return {name: {p: sha256_of(Path(p)) for p in getattr(self, name)} for name in ("target", "heldout")}
+        named = {name: content_files(_sources(getattr(self, name))) for name in ("target", "heldout")}
+        return {name: {path: content_hash(path) for path in paths} for name, paths in named.items()}
+
+
+def _sources(paths: Sequence[str]) -> list[SourceSection]:
+    return [SourceSection(path=path) for path in paths]
 
 
 class Target:
@@ -195,8 +200,8 @@ def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> di
     from gradpursuit.trajectory.model import load_tokenizer
 
     config = run.config
-    renderer = Renderer(load_tokenizer(config.model))
-    chosen = config.data.model_copy(update={"target": list(files.target), "heldout": list(files.heldout)})
+    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
+    chosen = config.data.model_copy(update={"target": _sources(files.target), "heldout": _sources(files.heldout)})
     new = not target.folder.exists()
     try:
         with write_folder(target.folder / "data") as folder:
@@ -219,15 +224,12 @@ def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> di
 
 def _trained_on(run: Run, target: Target) -> int:
     """Rows left out of the pool for this target that the warm-up had trained on."""
-    from gradpursuit.data import Table, leaks
+    from gradpursuit.data import left_out
 
-    pool = run.table("pool")
-    splits = [Table.read(target.folder / "data" / f"{name}.parquet") for name in ("target", "heldout")]
     slice_ = run.folder / "trajectory" / "slice.json"
     if not slice_.is_file():  # the trajectory was given: what it was trained on is not known
         return 0
-    trained = set(read_json(slice_)["ids"])
-    return sum(pool[i].id in trained for i in leaks(pool, *splits))
+    return len(set(read_json(slice_)["ids"]) & left_out(target.folder / "data"))
 
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:

@@ -1,0 +1,129 @@
+"""From what the configuration says to the files, folders and hub data sets that are read, and how they are known again.
+
+Nothing is opened here but to be hashed.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gradpursuit.config import SourceSection
+from gradpursuit.errors import DataError
+from gradpursuit.files import sha256_of
+
+Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
+_SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
+_SAVED = ("state.json", "dataset_dict.json")  # one of them is in every folder of `save_to_disk`
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file, saved folder or hub data set.
+
+    Attributes:
+        path: of the file or folder, or the hub id.
+        kind: how it is read; a file without a known ending is JSON Lines.
+        source: what the configuration says about it.
+    """
+
+    path: str
+    kind: Kind
+    source: SourceSection
+
+    @property
+    def name(self) -> str:
+        """What its rows are counted and grouped under."""
+        return self.source.name or self.path
+
+
+def expand(sources: Sequence[SourceSection]) -> list[Input]:
+    """Every input that the sources name, in order; the matches of a glob by name.
+
+    Raises:
+        DataError: a glob matches nothing, a folder is none of `save_to_disk`, or an input is named twice.
+    """
+    found = [made for source in sources for made in _expand(source)]
+    places: dict[tuple[str, str], Input] = {}
+    for made in found:
+        key = (made.path, str(made.source.options))
+        if key in places:
+            raise DataError(f"{made.path}: is named twice (by '{places[key].source.path}' and '{made.source.path}')")
+        places[key] = made
+    return found
+
+
+def _expand(source: SourceSection) -> Iterator[Input]:
+    path = Path(source.path).expanduser()
+    if path.exists() or not glob.has_magic(source.path):
+        yield _input(str(path) if path.exists() else source.path, source)
+        return
+    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    matches = [match for match in matches if Path(match).is_file() or _is_saved(Path(match))]
+    if not matches:
+        raise DataError(f"{source.path}: no file matches; in quotes a shell leaves the pattern as it is")
+    for match in matches:
+        yield _input(match, source)
+
+
+def _input(name: str, source: SourceSection) -> Input:
+    path = Path(name)
+    if path.is_dir():
+        if not _is_saved(path):
+            raise DataError(
+                f"{name}: a folder, but not one that datasets.save_to_disk wrote; name the files in it, as in "
+                f"{name}/*.jsonl"
+            )
+        return Input(name, "saved", source)
+    if is_hub_id(name):
+        return Input(name, "hub", source)
+    ending = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    return Input(name, _SUFFIXES.get(ending.lower(), "jsonl"), source)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can only be the id of a data set on the hub: `owner/name`, and nothing of that name here."""
+    return bool(_HUB_ID.fullmatch(name)) and Path(name).suffix.lower() not in _SUFFIXES and not Path(name).exists()
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def located(source: SourceSection) -> SourceSection:
+    """The same source by an absolute path, so that it can be found from anywhere; a hub id stays as it is."""
+    path = Path(source.path).expanduser()
+    if is_hub_id(source.path):
+        return source
+    return source.model_copy(update={"path": str(path.resolve())})
+
+
+def content_files(sources: Sequence[SourceSection]) -> list[str]:
+    """Every file whose bytes the sources are made of, and every hub id (whose bytes are not at hand)."""
+    names: list[str] = []
+    for made in expand(sources):
+        if made.kind == "saved":
+            names += [str(path) for path in sorted(Path(made.path).rglob("*")) if path.is_file()]
+        else:
+            names.append(made.path)
+    return names
+
+
+def content_hash(name: str) -> str:
+    """sha256 (hex) of a file that :func:`content_files` names; a hub id stands for its content."""
+    return hashlib.sha256(name.encode()).hexdigest() if is_hub_id(name) else sha256_of(Path(name))
