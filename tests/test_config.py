@@ -29,8 +29,8 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
 
 def test_minimal_file_and_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
-    assert config.data.pool == ["pool.jsonl"]
-    assert config.data.target == ["a.jsonl", "b.jsonl"]
+    assert [source.path for source in config.data.pool] == ["pool.jsonl"]
+    assert [source.path for source in config.data.target] == ["a.jsonl", "b.jsonl"]
     assert config.gradients.preconditioner == "adam-symmetric"
     assert config.model.lora is not None
     assert config.model.lora.r == 8
@@ -91,8 +91,8 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     assert config.model.lora is not None
     assert (config.warmup.epochs, config.model.lora.r, config.warmup.learning_rate) == (2, 4, 5e-5)
     assert config.pursuit.balance is False
-    assert config.data.pool == ["x.jsonl", "y.jsonl"]
-    assert config.data.target == ["z.jsonl"]
+    assert [source.path for source in config.data.pool] == ["x.jsonl", "y.jsonl"]
+    assert [source.path for source in config.data.target] == ["z.jsonl"]
     assert config.model.revision == "1234"
 
 

@@ -85,6 +85,28 @@ def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
     print(found.to_json() if arguments.json else found)
 
 
+def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit inspect config.yaml`."""
+    from gradpursuit.data import Renderer
+    from gradpursuit.data.inspection import inspect as look
+    from gradpursuit.selection import derive_seed
+    from gradpursuit.trajectory.model import load_tokenizer
+
+    quiet_libraries()
+    config = _load(_config_file(arguments.config), overrides)
+    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
+    holdout, seed = config.evaluation.holdout, derive_seed(config.seed, "holdout")
+    found = look(config.data, renderer, arguments.n, holdout, seed)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from gradpursuit.report.rows import print_inspection
+
+    print_inspection(found, Console())
+
+
 def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit estimate config.yaml`."""
     from gradpursuit.estimate import estimate as measure
@@ -225,6 +247,14 @@ def _load(path: Path, overrides: list[str]) -> RunConfig:
     )
 
 
+def _count(text: str) -> int:
+    """A flag's number of things."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().resolve())
 
@@ -251,6 +281,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.add_argument("--json", action="store_true", help="print it as JSON")
     verb.set_defaults(verb=status)
+    text = "show rows as the model sees them, and what is dropped and why"
+    verb = verbs.add_parser("inspect", help=text, description=f"{text}; loads no model weights", epilog=OVERRIDES)
+    verb.add_argument("config", help="the configuration, a YAML file, or a run folder")
+    verb.add_argument("--n", type=_count, default=5, help="rows of pool and target to show (default: %(default)s)")
+    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    verb.set_defaults(verb=inspect)
     text = "time up to 128 rows and a few steps, and print what every stage will cost"
     verb = verbs.add_parser("estimate", help=text, description=f"{text}; leaves nothing behind", epilog=OVERRIDES)
     verb.add_argument("config", help="the configuration, a YAML file, or a run folder")

@@ -68,8 +68,12 @@ def test_counts_tables_and_originals(tmp_path: Path, renderer: Renderer) -> None
         pair(" p2 "),
         *pairs("p", 3),
     ]
-    counts, tables, dropped = run(tmp_path, renderer, pool, pairs("t", 10), pairs("h", 4))
-    assert counts == {"rows": {"pool": 6, "target": 10, "heldout": 4}, "dropped": {}, "distinct": 5}
+    counts, tables, dropped = run(tmp_path, renderer, pool, pairs("t", 10), pairs("h", 4), deduplicate="none")
+    name = str(tmp_path / "pool.jsonl")
+    assert counts["rows"] == {"pool": 6, "target": 10, "heldout": 4}
+    assert (counts["dropped"], counts["distinct"], counts["leaks_kept"]) == ({}, 5, 0)
+    assert counts["schemas"]["pool"] == {name: {"prompt/completion": 6}}
+    assert counts["masks"] == "the chat template rendered turn by turn"
     assert dropped == []
     source = (tmp_path / "pool.jsonl").read_text().splitlines()
     assert [row.original for row in tables["pool"]] == source  # byte for byte
@@ -105,7 +109,7 @@ def test_rows_of_exactly_max_tokens_stay_whole(tmp_path: Path, renderer: Rendere
     length = len(renderer([{"role": "user", "content": "p0"}, {"role": "assistant", "content": "answer 0"}]).input_ids)
     _, tables, _ = run(tmp_path, renderer, pairs("p", 3), pairs("t", 3), max_tokens=length)
     assert {len(row.input_ids) for row in tables["pool"]} == {length}
-    with pytest.raises(DataError, match=r"3 of 3 rows of the pool cannot be used \(3 × longer than max_tokens"):
+    with pytest.raises(DataError, match=r"3 of 3 rows of the target cannot be used \(3 × longer than max_tokens"):
         run(tmp_path, renderer, pairs("p", 3), pairs("t", 3), max_tokens=length - 1)
 
 

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from datasketch import MinHash
 
 _WORD = re.compile(r"\w+")
+_IDLE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 _SHINGLE = 3  # words
 _PERMUTATIONS = 128
 
 
 def text_hash(text: str) -> str:
-    """sha256 (hex) of a text, with runs of white space folded to one space and case folded."""
-    return hashlib.sha256(" ".join(text.casefold().split()).encode()).hexdigest()
+    """sha256 (hex) of a text with its case folded, and its white space: one space between words, none elsewhere.
+
+    White space beside punctuation is folded away, because in rendered text a turn's own edges lie beside marks.
+    """
+    return hashlib.sha256(_IDLE_SPACE.sub("", " ".join(text.casefold().split())).encode()).hexdigest()
 
 
 def words(conversation: Conversation) -> list[str]:

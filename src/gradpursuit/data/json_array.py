@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 _CHUNK = 1 << 20
+_AFTER = tuple(",] \t\r\n")
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -64,7 +65,8 @@ class _Buffer:
                 if self._ended or not cut:
                     raise self.error(error.msg, error.pos) from None
             else:
-                if end < len(self._text) or self._ended:
+                could_go_on = isinstance(value, (int, float))  # as 1 in 1e5
+                if not could_go_on or self._text[end : end + 1] in _AFTER or self._ended:
                     text, self._at = self._text[self._at : end], end
                     return text, value
             self._more()

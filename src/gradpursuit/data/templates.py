@@ -10,6 +10,7 @@ rewrites earlier turns when later ones come is refused, because its spans could 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gradpursuit")
 Span = tuple[int, int]  # of characters
+_WORD = re.compile(r"[^\W_]+")
 
 
 class ChatTemplate:
@@ -204,4 +206,4 @@ def _refuse_left_out(conversation: Conversation, text: str) -> None:
 
 
 def _longest_word(text: str) -> str:
-    return max("".join(c if c.isalnum() else " " for c in text).split(), key=len, default="")
+    return max(_WORD.findall(text), key=len, default="")
