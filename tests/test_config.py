@@ -54,6 +54,40 @@ def test_dump_and_load_are_inverse(tmp_path: Path, overrides: list[str]) -> None
     assert load_config(again).dump() == config.dump()
 
 
+SOURCES = """
+model: {path: m}
+data:
+  pool: [{path: "chats/*.parquet", name: chats, columns: {messages: turns}}, plain.jsonl, {path: me/data, split: test}]
+  target: {path: t.csv}
+"""
+
+
+def test_sources_are_dumped_as_short_as_they_can_be(tmp_path: Path) -> None:
+    config = load(tmp_path, SOURCES)
+    assert config.data.pool[0].options == {"name": "chats", "columns": {"messages": "turns"}}
+    tree = yaml.safe_load(config.dump())["data"]
+    assert tree["pool"] == yaml.safe_load(SOURCES)["data"]["pool"]
+    assert tree["target"] == ["t.csv"]
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(), encoding="utf-8")
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ("{pool: {pth: p}, target: t}", "unknown key 'pth' in section 'data.pool.0'; did you mean 'path'?"),
+        ("{pool: [p, {name: x}], target: t}", "'data.pool.1.path' is missing"),
+        ("{pool: '', target: t}", "'data.pool.0.path' = ''"),
+        ("{pool: p, target: t, columns: {promt: q}}", "'data.columns.promt"),
+        ("{pool: p, target: t, turns: all}", "'data.turns' = 'all'"),
+        ("{pool: p, target: t, near_threshold: 1}", "'data.near_threshold' = 1"),
+    ],
+)
+def test_wrong_data_sections(tmp_path: Path, data: str, part: str) -> None:
+    assert part in message(tmp_path, f"model: {{path: m}}\ndata: {data}\n")
+
+
 def test_dump_holds_every_field(tmp_path: Path) -> None:
     tree = yaml.safe_load(load(tmp_path, MINIMAL).dump())
     assert set(tree) == set(RunConfig.model_fields)

@@ -19,7 +19,7 @@ from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
-from gradpursuit.sources import content_files, content_hash
+from gradpursuit.sources import content_hash, contents
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target
 
@@ -187,7 +187,7 @@ class Run:
             path: hashes[path]
             if path in hashes and path in stamps and stamps[path] == _stamp(path)
             else content_hash(path)
-            for path in content_files([*data.pool, *data.target, *data.heldout])
+            for path in contents([*data.pool, *data.target, *data.heldout])
         }
 
     def input_stamps(self) -> dict[str, list[int]]:

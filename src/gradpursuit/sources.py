@@ -113,17 +113,18 @@ def located(source: SourceSection) -> SourceSection:
     return source.model_copy(update={"path": str(path.resolve())})
 
 
-def content_files(sources: Sequence[SourceSection]) -> list[str]:
-    """Every file whose bytes the sources are made of, and every hub id (whose bytes are not at hand)."""
-    names: list[str] = []
-    for made in expand(sources):
-        if made.kind == "saved":
-            names += [str(path) for path in sorted(Path(made.path).rglob("*")) if path.is_file()]
-        else:
-            names.append(made.path)
-    return names
+def contents(sources: Sequence[SourceSection]) -> list[str]:
+    """The path of every file and saved folder that the sources are made of, and every hub id."""
+    return [made.path for source in sources for made in _expand(source)]
 
 
 def content_hash(name: str) -> str:
-    """sha256 (hex) of a file that :func:`content_files` names; a hub id stands for its content."""
-    return hashlib.sha256(name.encode()).hexdigest() if is_hub_id(name) else sha256_of(Path(name))
+    """sha256 (hex) of what lies at a path of :func:`contents`; a hub id stands for its content, which is not at hand."""
+    if is_hub_id(name):
+        return hashlib.sha256(name.encode()).hexdigest()
+    folder = Path(name)
+    if not folder.is_dir():
+        return sha256_of(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listing = "".join(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in files)
+    return hashlib.sha256(listing.encode()).hexdigest()

@@ -22,7 +22,7 @@ from gradpursuit.config import SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
 from gradpursuit.manifest import Manifest, State, digest_of
-from gradpursuit.sources import content_files, content_hash
+from gradpursuit.sources import content_hash, contents
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -40,7 +40,7 @@ class TargetFiles:
     @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
         """sha256 of every file, by split and path."""
-        named = {name: content_files(_sources(getattr(self, name))) for name in ("target", "heldout")}
+        named = {name: contents(_sources(getattr(self, name))) for name in ("target", "heldout")}
         return {name: {path: content_hash(path) for path in paths} for name, paths in named.items()}
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, load_dataset
 
 from gradpursuit.config import SourceSection
 from gradpursuit.data import read_examples
 from gradpursuit.data.formats import count
 from gradpursuit.data.json_array import elements
 from gradpursuit.errors import DataError
-from gradpursuit.sources import content_files, expand, located
+from gradpursuit.sources import content_hash, contents, expand, located
 
 ROWS = [
     {"id": "a", "prompt": "q, with a comma", "completion": 'a "quoted"\nanswer', "topic": "x"},
@@ -122,10 +122,17 @@ def test_files_that_stand_for_the_content(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path / "saved")
     write(tmp_path / "a.jsonl")
     monkeypatch.chdir(tmp_path)
-    found = content_files([SourceSection(path="*.jsonl"), SourceSection(path="saved"), SourceSection(path="me/data")])
-    assert found[0] == "a.jsonl"
-    assert {Path(name).name for name in found[1:-1]} == {p.name for p in (tmp_path / "saved").iterdir()}
-    assert found[-1] == "me/data"
+    sources = [SourceSection(path=path) for path in ("*.jsonl", "saved", "me/data", "a.jsonl")]
+    assert contents(sources) == ["a.jsonl", "saved", "me/data", "a.jsonl"]
+    before = [content_hash(name) for name in contents(sources)]
+    assert len(set(before)) == 3
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"other")
+    assert [one == other for one, other in zip(before, map(content_hash, contents(sources)), strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
     assert located(SourceSection(path="*.jsonl", name="x")) == SourceSection(path=str(tmp_path / "*.jsonl"), name="x")
     assert located(SourceSection(path="me/data")).path == "me/data"
     assert located(SourceSection(path="me/data.csv")).path == str(tmp_path / "me" / "data.csv")
@@ -202,6 +209,32 @@ def test_a_hub_id_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("urllib.request.getproxies", dict)
     message = refused("someone/instructions")
     assert message.startswith("someone/instructions: there is no such file or folder here, and the hub cannot be")
+
+
+def test_a_hub_data_set_is_streamed_by_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no hub here: the library's own streamed data set of a local file stands for one of the hub."""
+    write(tmp_path / "a.parquet")
+    asked = []
+
+    def load(path: str, subset: str | None, *, split: str, revision: str | None, streaming: bool) -> Any:
+        asked.append((path, subset, split, revision, streaming))
+        if split == "gone":
+            raise ValueError('Unknown split "gone".\nShould be one of train')
+        return load_dataset("parquet", data_files=str(tmp_path / "a.parquet"), split="train", streaming=streaming)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("gradpursuit.data.formats.hub_can_be_asked", lambda: True)
+    found = read({"path": "someone/chats", "subset": "en", "split": "test", "revision": "v1", "name": "chats"})
+    assert [example.columns for example in found] == ROWS
+    assert [(example.source, example.file, example.line) for example in found] == [
+        ("chats", "someone/chats", 1),
+        ("chats", "someone/chats", 2),
+    ]
+    assert asked == [("someone/chats", "en", "test", "v1", True)]
+    assert count(expand([SourceSection(path="someone/chats")])[0]) is None
+    assert "someone/chats: cannot be read from the hub: Unknown split" in refused(
+        {"path": "someone/chats", "split": "gone"}
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 50, 4096])

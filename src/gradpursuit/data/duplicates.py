@@ -65,17 +65,16 @@ class NearCopies:
         self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
         self._signatures: dict[str, MinHash] = {}
 
-    def nearest(self, said: Sequence[str]) -> str | None:
-        """The key of the most similar text that was remembered, if it is similar enough."""
+    def first(self, said: Sequence[str], key: str) -> str | None:
+        """The key of the most similar earlier text; without one, None, and this text is remembered as `key`."""
         made = _signature(said)
-        found = [(made.jaccard(self._signatures[key]), key) for key in sorted(self._index.query(made))]
-        similarity, key = max(found, key=lambda pair: pair[0], default=(0.0, ""))
-        return key if similarity >= self._threshold else None
-
-    def add(self, key: str, said: Sequence[str]) -> None:
-        """Remember a text."""
-        self._signatures[key] = _signature(said)
-        self._index.insert(key, self._signatures[key], check_duplication=False)
+        found = [(made.jaccard(self._signatures[other]), other) for other in sorted(self._index.query(made))]
+        similarity, nearest = max(found, key=lambda pair: pair[0], default=(0.0, ""))
+        if similarity >= self._threshold:
+            return nearest
+        self._signatures[key] = made
+        self._index.insert(key, made, check_duplication=False)
+        return None
 
 
 def _signature(said: Sequence[str]) -> MinHash:

@@ -254,7 +254,7 @@ class _Guard:
         self._targets = {f"target {number}": row.id for number, row in enumerate(protected)}
         for key, row in zip(self._targets, protected, strict=True):
             if self._near and config.leaks == "remove":
-                self._near.add(key, words(row.conversation))
+                self._near.first(words(row.conversation), key)
 
     def refuses(self, clean: Clean, copies: ExactCopies, dropped: Dropped) -> bool:
         """Whether a pool row is left out; then it is listed."""
@@ -271,10 +271,8 @@ class _Guard:
         return self._near is not None and self._is_near(self._near, clean, dropped)
 
     def _is_near(self, near: NearCopies, clean: Clean, dropped: Dropped) -> bool:
-        said = words(clean.conversation)
-        key = near.nearest(said)
+        key = near.first(words(clean.conversation), f"pool {clean.row.id}")
         if key is None:
-            near.add(f"pool {clean.row.id}", said)
             return False
         if key in self._targets:
             dropped.add("pool", clean.row, "near duplicate of a row of target or heldout", leaks=self._targets[key])
