@@ -119,7 +119,7 @@ def contents(sources: Sequence[SourceSection]) -> list[str]:
 
 
 def content_hash(name: str) -> str:
-    """sha256 (hex) of what lies at a path of :func:`contents`; a hub id stands for its content, which is not at hand."""
+    """sha256 (hex) of what lies at a path of :func:`contents`; a hub id stands for content that is not at hand."""
     if is_hub_id(name):
         return hashlib.sha256(name.encode()).hexdigest()
     folder = Path(name)

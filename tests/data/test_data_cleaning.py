@@ -78,7 +78,9 @@ def test_near_copies_by_minhash(tmp_path: Path, renderer: Renderer) -> None:  # 
     _, tables, _ = run(tmp_path, renderer, pool, pairs("t", 4))
     assert len(tables["pool"]) == 5  # exact copies alone, unless asked
     target = [pair(f"{QUESTION} Round down.", "At three in the afternoon.", id="t"), *pairs("t", 4)]
-    _, tables, dropped = run(tmp_path, renderer, pool[1:], target, pairs("h", 2), deduplicate="near")
+    _, tables, dropped = run(
+        tmp_path, renderer, pool[1:], target, pairs("h", 2), deduplicate="near", near_threshold=0.6
+    )
     assert (drops(dropped), dropped[0]["leaks"]) == ({"near": "near duplicate of a row of target or heldout"}, "t")
 
 

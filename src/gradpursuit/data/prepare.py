@@ -179,7 +179,7 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
         "dropped": dict(dropped.reasons),
         "distinct": len(copies),
         "leaks_kept": guard.kept,
-        "schemas": cleaner.schemas,
+        "schemas": {name: {s: dict(found) for s, found in split.items()} for name, split in cleaner.schemas.items()},
         "masks": renderer.masks,
     }
 
