@@ -58,7 +58,8 @@ def count(made: Input) -> int | None:
 def _opened(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed."""
     try:
-        with gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb") as file:
+        file: Any = gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb")
+        with file:
             yield file
     except (gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: not a whole gzip file: {error}") from None

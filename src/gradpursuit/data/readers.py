@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from gradpursuit.config import ColumnName
 from gradpursuit.data.formats import rows
 from gradpursuit.data.schemas import SCHEMAS, Conversation, recognise
 from gradpursuit.errors import DataError
@@ -45,7 +46,7 @@ class Example:
         return as_json(self.columns, f"{self.file}:{self.line}")
 
 
-def read_examples(inputs: Iterable[Input], renamed: Mapping[str, str] | None = None) -> Iterator[Example]:
+def read_examples(inputs: Iterable[Input], renamed: Mapping[ColumnName, str] | None = None) -> Iterator[Example]:
     """The examples of all inputs, one by one, in order.
 
     Args:
@@ -58,7 +59,7 @@ def read_examples(inputs: Iterable[Input], renamed: Mapping[str, str] | None = N
     """
     names = _Names()
     for made in inputs:
-        mapping = made.source.columns if made.source.columns is not None else renamed or {}
+        mapping: Mapping[ColumnName, str] = made.source.columns if made.source.columns is not None else renamed or {}
         empty = True
         for line, columns in rows(made):
             empty = False

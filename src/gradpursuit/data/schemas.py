@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gradpursuit.config import ColumnName
 from gradpursuit.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -70,7 +71,7 @@ class Conversation:
         return [*parts, *self.tools]
 
 
-def recognise(columns: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> tuple[str, Conversation]:
+def recognise(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: str) -> tuple[str, Conversation]:
     """The name of the schema of a row, and its conversation.
 
     Args:
@@ -91,7 +92,7 @@ def recognise(columns: Mapping[str, Any], renamed: Mapping[str, str], where: str
     raise DataError(f"{where}: columns found: {found}; expected {SCHEMAS}{hint}")
 
 
-def _view(columns: Mapping[str, Any], renamed: Mapping[str, str], where: str) -> dict[str, Any]:
+def _view(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: str) -> dict[str, Any]:
     if not renamed:
         return dict(columns)
     for ours, theirs in renamed.items():

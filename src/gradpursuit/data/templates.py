@@ -85,8 +85,8 @@ class ChatTemplate:
         if end == 0:
             return "", []
 
-        def render() -> tuple[list[str], list[list[Span]]]:
-            found: tuple[list[str], list[list[Span]]] = render_jinja_template(
+        def render() -> Any:
+            return render_jinja_template(
                 conversations=[_plain(conversation.messages[:end])],
                 tools=_plain(conversation.tools) or None,
                 chat_template=self._marked,
@@ -94,7 +94,6 @@ class ChatTemplate:
                 return_assistant_tokens_mask=True,
                 **{**self._tokenizer.special_tokens_map, **self._variables},
             )
-            return found
 
         texts, spans = _guarded(render)
         return texts[0], [(start, stop) for start, stop in spans[0] if stop > start]
@@ -181,7 +180,7 @@ def _guarded(render: Callable[[], Any]) -> Any:
         raise DataError(f"the chat template refuses this conversation: {error}") from None
 
 
-def _plain(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _plain(values: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [dict(value) for value in values]
 
 
