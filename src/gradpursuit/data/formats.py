@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -58,9 +58,8 @@ def count(made: Input) -> int | None:
 def _opened(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a file, decompressed."""
     try:
-        file: Any = gzip.open(path) if path.lower().endswith(".gz") else Path(path).open("rb")
-        with file:
-            yield file
+        with Path(path).open("rb") as file, gzip.open(file) if path.lower().endswith(".gz") else file as plain:
+            yield cast(IO[bytes], plain)
     except (gzip.BadGzipFile, EOFError) as error:
         raise DataError(f"{path}: not a whole gzip file: {error}") from None
     except OSError as error:
