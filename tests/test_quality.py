@@ -29,8 +29,9 @@ ORDER = {
     for level, names in enumerate(
         (
             ("errors", "progress", "__init__"),
+            ("tree",),
             ("config", "files"),
-            ("identity", "lock", "hub", "sources"),
+            ("identity", "lock", "plugins", "hub", "sources"),
             ("live", "counting"),
             ("manifest",),
             ("data",),
@@ -40,8 +41,9 @@ ORDER = {
             ("pursuit",),
             ("selection",),
             ("evaluation",),
-            ("report",),
             ("gradient_stage",),
+            ("comparison_stage",),
+            ("report",),
             ("stages",),
             ("targets",),
             ("pipeline",),

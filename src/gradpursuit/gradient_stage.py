@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -13,55 +13,119 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
 from gradpursuit.errors import StoreError, TrajectoryError
+from gradpursuit.plugins import registered
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gradpursuit.data import Table
-    from gradpursuit.gradients.collector import Collector
+    from gradpursuit.config import SelectionSection
+    from gradpursuit.data import Row, Table
+    from gradpursuit.gradients.collector import Collector, SignalCollector
+    from gradpursuit.gradients.filling import StoreFiller
+    from gradpursuit.gradients.forward import Signal
     from gradpursuit.gradients.preconditioner import Preconditioner
     from gradpursuit.pipeline import Run
     from gradpursuit.selection import SelectionProblem
     from gradpursuit.store import GradientStore
     from gradpursuit.trajectory.checkpoint import Checkpoint
 
+    FeatureKind = Preconditioner | Signal
+
 logger = logging.getLogger("gradpursuit")
+FEATURE_OPTIONS = ("preconditioner", "features", "like")  # of this package's strategies; the others change no feature
 _NAMED = 5  # damaged shards of one store that are named
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows whose features are wanted, with which preconditioners, and the folder that gets one store for each."""
+    """Rows whose features are wanted, of which kinds, and the folder that gets one store for each."""
 
     name: str
     table: Table
-    kinds: Sequence[Preconditioner]
+    kinds: Sequence[FeatureKind]
     folder: Path
 
-    def stores(self, run: Run) -> dict[Preconditioner, GradientStore]:
-        """What was collected, one complete store for each preconditioner.
+    @property
+    def gradients(self) -> list[Preconditioner]:
+        """The kinds that take a backward pass."""
+        from gradpursuit.gradients.preconditioner import Preconditioner
+
+        return [kind for kind in self.kinds if isinstance(kind, Preconditioner)]
+
+    @property
+    def signals(self) -> list[Signal]:
+        """The kinds that a forward pass gives."""
+        from gradpursuit.gradients.forward import Signal
+
+        return [kind for kind in self.kinds if isinstance(kind, Signal)]
+
+    def stores(self, run: Run) -> dict[FeatureKind, GradientStore]:
+        """What was collected, one complete store for each kind.
 
         Raises:
             StoreError: a store is not there, or was made with other settings: the part that differs is named.
         """
-        from gradpursuit.gradients.collector import identity
+        from gradpursuit.gradients.collector import signal_origin
+        from gradpursuit.gradients.filling import identity
         from gradpursuit.store import GradientStore
 
-        wanted = {
-            **collect_spec(run).origin,
-            "dim": run.config.gradients.dim,
-            "dtype": run.config.gradients.store_dtype,
+        origin, settings = collect_spec(run).origin, run.config.gradients
+        sketched = {**origin, "dim": settings.dim, "dtype": settings.store_dtype}
+        wanted: dict[FeatureKind, dict[str, Any]] = {
+            **dict.fromkeys(self.gradients, sketched),
+            **{kind: signal_origin(origin, kind) for kind in self.signals},
         }
         return {
-            kind: GradientStore.open(self.folder / kind.label, {**wanted, **identity(self.table, kind)})
+            kind: GradientStore.open(self.folder / kind.label, {**wanted[kind], **identity(self.table, kind)})
             for kind in self.kinds
         }
 
 
-def wanted_features(run: Run) -> dict[str, list[Preconditioner]]:
-    """The preconditioners that the configured strategies need, of the `target` and of the `pool`."""
-    kinds = list(dict.fromkeys(k for strategy in run.strategies() for k in strategy.needs(run.config.gradients)))
-    return {"target": list(dict.fromkeys(kind.for_target for kind in kinds)), "pool": kinds}
+def target_features(run: Run) -> list[FeatureKind]:
+    """The kinds of features that the configured strategies need of a target."""
+    return _distinct(kind.for_target for kind in _needed(run))
+
+
+def wanted_features(run: Run) -> dict[str, list[FeatureKind]]:
+    """The kinds of features that the configured strategies need, of the run's own `target` and of the `pool`.
+
+    A pool that is its own target has those of a target as well.
+    """
+    pool, target = _needed(run), target_features(run)
+    if run.config.data.in_domain:
+        return {"target": [], "pool": _distinct([*pool, *target])}
+    return {"target": target, "pool": pool}
+
+
+def feature_requests(selection: SelectionSection) -> list[str]:
+    """What the features that a selection needs depend on: distinct ways of choosing, with the options that matter.
+
+    Told without loading a strategy: so that features are still those that are wanted when other settings change.
+    """
+    found: set[str] = set()
+    others = registered()
+
+    def add(name: str) -> None:
+        own = dict(selection.options.get(name, {}))
+        selector = str(own.pop("selector", name))
+        kept = {key: value for key, value in own.items() if key in FEATURE_OPTIONS or selector in others}
+        request = json.dumps([selector, kept], sort_keys=True, default=str)
+        if request not in found:
+            found.add(request)
+            if selector == "random-matched":
+                add(str(kept.get("like", "gtp")))
+
+    for name in selection.strategies:
+        add(name)
+    return sorted(found)
+
+
+def _needed(run: Run) -> list[FeatureKind]:
+    return _distinct(kind for strategy in run.strategies() for kind in strategy.needs(run.settings).features)
+
+
+def _distinct(kinds: Iterable[FeatureKind | None]) -> list[FeatureKind]:
+    return list(dict.fromkeys(kind for kind in kinds if kind is not None))
 
 
 def splits(run: Run) -> list[Split]:
@@ -90,18 +154,31 @@ def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
 
     if not any(split.kinds for split in wanted):
         return {}
+    dropped: dict[str, dict[int, str]] = {split.name: {} for split in wanted}
+
+    def fill(split: Split, made: StoreFiller[Any], kinds: Sequence[FeatureKind]) -> None:
+        for store in made.collect(split.name, split.table, kinds, split.folder).values():
+            dropped[split.name].update(store.dropped())
+
+    if any(split.gradients for split in wanted):
+        with collector(run) as made:
+            for split in wanted:
+                if split.gradients:
+                    fill(split, made, split.gradients)
+    if any(split.signals for split in wanted):
+        with signal_collector(run) as forward:
+            for split in wanted:
+                for signal in split.signals:
+                    fill(split, forward, [signal])
     records: dict[Path, list[dict[str, Any]]] = {split.folder.parent: [] for split in wanted}
-    with collector(run) as made:
-        for split in wanted:
-            stores = made.collect(split.name, split.table, split.kinds, split.folder)
-            dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
-            for row, reason in sorted(dropped.items()):
-                records[split.folder.parent].append(drop_record(split.name, split.table[row], reason))
+    for split in wanted:
+        for row, reason in sorted(dropped[split.name].items()):
+            records[split.folder.parent].append(drop_record(split.name, split.table[row], reason))
     for folder, lines in records.items():
         write_text(folder / "dropped.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     reasons = Counter(f"{line['split']}: {line['reason']}" for lines in records.values() for line in lines)
     for reason, count in reasons.items():
-        logger.warning("no gradient for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
+        logger.warning("no features for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
     return dict(reasons)
 
 
@@ -115,9 +192,19 @@ def collector(run: Run) -> Iterator[Collector]:
         yield Collector(model, run.compute, checkpoints, collect_spec(run))
 
 
+@contextmanager
+def signal_collector(run: Run) -> Iterator[SignalCollector]:
+    """What computes the signals of a forward pass: a model of its own, as it was before any training."""
+    from gradpursuit.gradients.collector import SignalCollector
+
+    checkpoints = read_run_trajectory(run)
+    with tuned_model(run, run.seed("adapter")) as model:
+        yield SignalCollector(model, run.compute, checkpoints, collect_spec(run))
+
+
 def collect_spec(run: Run) -> Any:
     """The settings of a run's features, and the model, adapter and trajectory that they belong to."""
-    from gradpursuit.gradients.collector import CollectSpec
+    from gradpursuit.gradients.filling import CollectSpec
 
     settings, model = run.config.gradients, run.config.model.model_dump(mode="json")
     origin = {
@@ -204,23 +291,38 @@ def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
 
     from gradpursuit.selection import SelectionProblem
 
-    wanted, candidates = wanted_features(run), choosable(run)
-    pool = _pool(run)
-    own = run.target_folder / "gradients" / "target"
-    target = Split("target", run.target_table("target"), wanted["target"], own)
-    kept = kept_rows(run, target)
-    sources = [row.source for row in target.table]
-    if kept is not None:
-        sources = [sources[i] for i in kept.tolist()]
+    candidates, pool = choosable(run), _pool(run)
+    features = _features(run, pool, candidates)
+    if run.in_domain:
+        target, rows, groups = features, pool.table.take([]), np.zeros(len(candidates), dtype=np.int64)
+    else:
+        own = run.target_folder / "gradients" / "target"
+        split = Split("target", run.target_table("target"), target_features(run), own)
+        kept = kept_rows(run, split)
+        target, rows = _features(run, split, kept), split.table if kept is None else split.table.take(kept.tolist())
+        groups = np.unique([row.source for row in rows], return_inverse=True)[1].astype(np.int64)
+    settings = run.settings
     return SelectionProblem(
         ids=[pool.table[i].id for i in candidates.tolist()],
-        pool=_features(run, pool, candidates),
-        target=_features(run, target, kept),
-        groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
+        pool=features,
+        target=target,
+        groups=groups,
         rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
-        gradients=run.config.gradients,
-        pursuit=run.config.pursuit,
+        gradients=settings.gradients,
+        pursuit=settings.pursuit,
+        options=settings.options,
+        rows=pool.table.take(candidates.tolist()),
+        target_rows=rows,
+        text=_reader(run) if any(strategy.needs(settings).text for strategy in run.strategies()) else None,
     ), candidates
+
+
+def _reader(run: Run) -> Callable[[Row], str]:
+    """What gives the text of a row back, as it was rendered."""
+    from gradpursuit.trajectory.model import load_tokenizer
+
+    tokenizer = load_tokenizer(run.config.model)
+    return lambda row: str(tokenizer.decode(row.input_ids))
 
 
 def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
@@ -229,35 +331,41 @@ def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
 
     from gradpursuit.selection.features import TrajectoryFeatures
 
-    return {
-        kind.label: TrajectoryFeatures(store.features()).take(np.searchsorted(store.kept(), rows))
-        for kind, store in split.stores(run).items()
-    }
+    found = {}
+    for kind, store in split.stores(run).items():
+        columns = {name: store.column(name) for name in ("norm", "loss")}
+        found[kind.label] = TrajectoryFeatures(store.features(), columns).take(np.searchsorted(store.kept(), rows))
+    return found
 
 
 def gradients_plan(run: Run) -> dict[str, Any]:
-    """The stores that the stage is going to write."""
-    return {name: [kind.label for kind in kinds] for name, kinds in wanted_features(run).items()}
+    """The stores that the stage is going to write: labels by split, and of `signals` by split."""
+    found = {split.name: split for split in splits(run)}
+    plan: dict[str, Any] = {name: [kind.label for kind in split.gradients] for name, split in found.items()}
+    return {**plan, "signals": {name: [kind.label for kind in split.signals] for name, split in found.items()}}
 
 
 def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
-    """Rows × checkpoints of `target` and `pool` that the stage was begun for: finished, and in all. Loads no model."""
+    """Rows × checkpoints that the stage was begun for, finished and in all, by what the work on them is called.
+
+    Loads no model.
+    """
     rows, plan = run.manifest.entry("data").get("detail", {}).get("rows"), run.manifest.entry("gradients").get("plan")
     if not rows or not plan:
         return {}
-    settings = run.config.gradients
-    made_with = {
-        "trajectory": run.manifest.entry("trajectory").get("fingerprint"),
-        "dim": settings.dim,
-        "dtype": settings.store_dtype,
-        "shard_rows": settings.shard_rows,
-    }
-    folder, count = run.folder / "gradients", checkpoint_count(run)
-    return {
-        name: (finished_rows(folder / name, labels, made_with), rows[name] * count)
-        for name, labels in plan.items()
-        if labels
-    }
+    settings, folder, count = run.config.gradients, run.folder / "gradients", checkpoint_count(run)
+    shards = {"shard_rows": settings.shard_rows}
+    trained = {**shards, "trajectory": run.manifest.entry("trajectory").get("fingerprint")}
+    sketched = {**trained, "dim": settings.dim, "dtype": settings.store_dtype}
+    found = {}
+    for name in ("target", "pool"):
+        if labels := plan[name]:
+            found[f"gradients of the {name}"] = finished_rows(folder / name, labels, sketched), rows[name] * count
+        for label in plan["signals"][name]:
+            along = label == "el2n"
+            finished = finished_rows(folder / name, [label], trained if along else shards)
+            found[f"{label} of the {name}"] = finished, rows[name] * (count + 1 if along else 1)
+    return found
 
 
 def gradients_intact(run: Run, quick: bool) -> bool:

@@ -5,17 +5,18 @@ Nothing is opened here but to be hashed.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from gradpursuit.config import SourceSection
 from gradpursuit.errors import DataError
-from gradpursuit.files import sha256_of
+from gradpursuit.files import sha256_of, stamp_of
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 _SUFFIXES: dict[str, Kind] = {
@@ -113,9 +114,43 @@ def located(source: SourceSection) -> SourceSection:
     return source.model_copy(update={"path": str(path.resolve())})
 
 
-def contents(sources: Sequence[SourceSection]) -> list[str]:
-    """The path of every file and saved folder that the sources are made of, and every hub id."""
-    return [made.path for source in sources for made in _expand(source)]
+def contents(sources: Sequence[SourceSection], known: Iterable[str] = ()) -> list[str]:
+    """The path of every file and saved folder that the sources are made of, and every hub id.
+
+    A glob that matches nothing any more stands for what is `known` to have matched it.
+    """
+    names: list[str] = []
+    for source in sources:
+        try:
+            names += [made.path for made in _expand(source)]
+        except DataError:
+            gone = [name for name in known if fnmatch.fnmatch(name, source.path)]
+            if not gone:
+                raise
+            names += gone
+    return names
+
+
+def known_hashes(
+    names: Sequence[str], known: Mapping[str, str], stamps: Mapping[str, list[int]] | None = None
+) -> dict[str, str]:
+    """sha256 of what lies at every path; a `known` one is taken if that is gone, or is what its stamp says.
+
+    Raises:
+        RunError: a file cannot be read, and what was in it is not known.
+    """
+    stamps = stamps or {}
+
+    def is_known(name: str) -> bool:
+        return name in known and stamp_of(name) in ([], stamps.get(name))
+
+    return {name: known[name] if is_known(name) else content_hash(name) for name in names}
+
+
+def gone_note(names: Iterable[str]) -> str:
+    """What there is to say of files that are not there any more, though what was made of them is."""
+    gone = [name for name in names if not stamp_of(name) and not is_hub_id(name)]
+    return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
 
 
 def content_hash(name: str) -> str:

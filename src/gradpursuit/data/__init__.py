@@ -1,6 +1,7 @@
 """From the user's files to tokens and labels: readers, chat rendering, cleaning, the table on disk."""
 
-from gradpursuit.data.prepare import drop_record, left_out, prepare, prepare_target
+from gradpursuit.data.dropped import drop_record
+from gradpursuit.data.prepare import left_out, prepare, prepare_target
 from gradpursuit.data.readers import Example, read_examples
 from gradpursuit.data.render import IGNORE, Rendered, Renderer
 from gradpursuit.data.sampling import draw

@@ -160,7 +160,7 @@ def _supervised(row: Row) -> int:
 
 def _figures(values: Sequence[int]) -> dict[str, int]:
     ranks = {"min": 0, "median": 50, "95 %": 95, "max": 100}
-    found = np.percentile(values, list(ranks.values()), method="nearest")
+    found = np.percentile(values or [0], list(ranks.values()), method="nearest")
     return {**{name: int(value) for name, value in zip(ranks, found, strict=True)}, "total": int(np.sum(values))}
 
 

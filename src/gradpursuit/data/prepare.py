@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from gradpursuit.config import DataSection
+from gradpursuit.data.dropped import Dropped, Losses
 from gradpursuit.data.duplicates import ExactCopies, NearCopies, text_hash, words
 from gradpursuit.data.formats import count
 from gradpursuit.data.leakage import Leaks, Protected
@@ -23,7 +23,7 @@ from gradpursuit.data.render import Rendered, Renderer
 from gradpursuit.data.schemas import Conversation, recognise
 from gradpursuit.data.table import Row, Table, TableWriter
 from gradpursuit.errors import DataError
-from gradpursuit.files import write_atomic, write_folder
+from gradpursuit.files import write_folder
 from gradpursuit.progress import Progress
 from gradpursuit.sources import expand
 
@@ -43,49 +43,6 @@ class Clean:
     def protected(self) -> Protected:
         """What must not be in others."""
         return Protected(self.row.id, self.row.hash, self.conversation)
-
-
-class _Place(Protocol):
-    """What a dropped row is known by."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def file(self) -> str: ...
-    @property
-    def line(self) -> int: ...
-
-
-def drop_record(split: str, place: _Place, reason: str, **more: Any) -> dict[str, Any]:
-    """One line of `dropped.jsonl`."""
-    record = {"split": split, "id": place.id, "source": place.source, "line": place.line, "reason": reason}
-    return {**record, "file": place.file, **more}
-
-
-class Dropped:
-    """`dropped.jsonl`: one line for every row that was left out, written as it is found."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.reasons: Counter[str] = Counter()  # "split: reason"
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: Path) -> Iterator[Dropped]:
-        """The file appears under its name when the block ends without an error; what was dropped is logged."""
-        with write_atomic(path) as file:
-            made = cls(file)
-            yield made
-        for reason, number in made.reasons.items():
-            logger.warning("dropped %d rows of %s", number, reason)
-
-    def add(self, split: str, place: _Place, reason: str, **more: Any) -> None:
-        """Write one line; `more` goes into it as well."""
-        record = drop_record(split, place, reason, **more)
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        self.reasons[f"{split}: {reason}"] += 1
 
 
 @dataclass
@@ -112,10 +69,10 @@ class Cleaner:
         Raises:
             DataError: a source cannot be read, or more than `data.max_dropped` of the rows, or all, were dropped.
         """
-        inputs = expand(getattr(self.config, name))
+        inputs = expand(getattr(self.config, name) or [])
         counts = [count(made) for made in inputs]
         total = None if None in counts else sum(number or 0 for number in counts)
-        losses = _Losses(name, self.config.max_dropped)
+        losses = Losses(name, self.config.max_dropped)
         schemas = self.schemas.setdefault(name, {})
         examples = read_examples(inputs, self.config.columns)
         with Progress(f"render {name}", total) as progress:
@@ -148,7 +105,8 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
 
     Pool rows that hold the text of a target or held-out row are dropped as leaks, and copies of earlier pool rows as
     duplicates (target rows are kept as they are given: whoever repeats one means it). Without a held-out source, the
-    share `holdout` of the target is set aside, drawn with `seed`.
+    share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own target: there are no
+    target rows, and the share is that of the pool.
 
     Returns:
         Counts for the manifest: rows kept per split, drops per reason, distinct texts of the pool, schemas per source,
@@ -161,23 +119,15 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
     with write_folder(folder) as part, Dropped.opened(part / "dropped.jsonl") as dropped:
         cleaner = Cleaner(config, renderer, dropped)
         target = _targets(cleaner, part, holdout, seed)
-        copies = ExactCopies()
+        counts = {name: len(split) for name, split in target.items()}
         guard = _Guard(config, [row.protected for split in target.values() for row in split])
-        rows = 0
-        with TableWriter.opened(part / "pool.parquet") as writer:
-            for clean in cleaner.clean("pool"):
-                if not guard.refuses(clean, copies, dropped):
-                    writer.add(clean.row)
-                    rows += 1
-            if not rows:
-                raise DataError("every row of the pool is also in target or heldout: nothing is left")
-        counts = {"pool": rows, **{name: len(split) for name, split in target.items()}}
-        if guard.kept:
-            logger.warning("%d pool rows hold the text of a target or held-out row and are kept", guard.kept)
+        counts["pool"] = guard.filter(cleaner, part / "pool.parquet")
+        if "heldout" not in counts:
+            counts.update(_split_pool(part, holdout, seed))
     return {
-        "rows": counts,
+        "rows": {name: counts[name] for name in ("pool", *_TARGET)},
         "dropped": dict(dropped.reasons),
-        "distinct": len(copies),
+        "distinct": len(set(Table.read(folder / "pool.parquet").column("hash"))),
         "leaks_kept": guard.kept,
         "schemas": {name: {s: dict(found) for s, found in split.items()} for name, split in cleaner.schemas.items()},
         "masks": renderer.masks,
@@ -226,37 +176,50 @@ def left_out(folder: Path) -> set[str]:
         return {record["id"] for record in map(json.loads, file) if record["split"] == "pool"}
 
 
-def split_off(target: Sequence[Clean], holdout: float, seed: int) -> tuple[list[Clean], list[Clean]]:
-    """Split the target into what guides the selection and what scores it; copies stay on one side.
+def held_out(name: str, hashes: Iterable[str], holdout: float, seed: int) -> set[str]:
+    """The hashes of the rows of split `name` (target or pool) that score, where the others guide; copies stay together.
 
     Raises:
-        DataError: the target has too few distinct rows to leave one on either side.
+        DataError: there are too few distinct rows to leave one on either side.
     """
-    hashes = sorted({clean.row.hash for clean in target})
-    if len(hashes) < 2:
+    distinct = sorted(set(hashes))
+    if len(distinct) < 2:
         raise DataError(
-            f"the target holds {len(hashes)} distinct rows; at least 2 are needed to hold some out: "
+            f"the {name} holds {len(distinct)} distinct rows; at least 2 are needed to hold some out: "
             "add rows, or give held-out rows of their own (data.heldout)"
         )
-    number = min(max(1, round(holdout * len(hashes))), len(hashes) - 1)
-    chosen = {hashes[i] for i in np.random.default_rng(seed).permutation(len(hashes))[:number]}
-    heldout = [clean for clean in target if clean.row.hash in chosen]
-    logger.info("no held-out file: %d of %d target rows are set aside for scoring", len(heldout), len(target))
-    return [clean for clean in target if clean.row.hash not in chosen], heldout
+    number = min(max(1, round(holdout * len(distinct))), len(distinct) - 1)
+    chosen = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:number]}
+    logger.info("no held-out file: %d of %d texts of the %s are set aside for scoring", number, len(distinct), name)
+    return chosen
 
 
 class _Guard:
     """Keeps leaks and copies out of the pool."""
 
     def __init__(self, config: DataSection, protected: Sequence[Protected]) -> None:
-        self._config, self._leaks, self.kept = config, Leaks(protected), 0
+        self._config, self._leaks, self._copies, self.kept = config, Leaks(protected), ExactCopies(), 0
         self._near = NearCopies(config.near_threshold) if config.deduplicate == "near" else None
         self._targets = {f"target {number}": row.id for number, row in enumerate(protected)}
         for key, row in zip(self._targets, protected, strict=True):
             if self._near and config.leaks == "remove":
                 self._near.first(words(row.conversation), key)
 
-    def refuses(self, clean: Clean, copies: ExactCopies, dropped: Dropped) -> bool:
+    def filter(self, cleaner: Cleaner, path: Path) -> int:
+        """Clean the pool and write the rows that stay to `path`; returns how many they are."""
+        rows = 0
+        with TableWriter.opened(path) as writer:
+            for clean in cleaner.clean("pool"):
+                if not self._refuses(clean, cleaner.dropped):
+                    writer.add(clean.row)
+                    rows += 1
+            if not rows:
+                raise DataError("every row of the pool is also in target or heldout: nothing is left")
+        if self.kept:
+            logger.warning("%d pool rows hold the text of a target or held-out row and are kept", self.kept)
+        return rows
+
+    def _refuses(self, clean: Clean, dropped: Dropped) -> bool:
         """Whether a pool row is left out; then it is listed."""
         row = clean.row
         if leak := self._leaks.find(row.hash, clean.conversation):
@@ -264,7 +227,7 @@ class _Guard:
                 dropped.add("pool", row, f"{leak[1]} target or heldout", leaks=leak[0])
                 return True
             self.kept += 1
-        first = copies.first(row.hash, row.id)
+        first = self._copies.first(row.hash, row.id)
         if first is not None and self._config.deduplicate != "none":
             dropped.add("pool", row, "duplicate", duplicate_of=first)
             return True
@@ -281,59 +244,52 @@ class _Guard:
         return True
 
 
-class _Losses:
-    """Counts how many rows of a split are unusable, and why."""
-
-    def __init__(self, name: str, allowed: float) -> None:
-        self._name, self._allowed, self._total = name, allowed, 0
-        self._reasons: Counter[str] = Counter()
-        self._first: Example | None = None
-
-    def count(self, example: Example, reason: str) -> None:
-        """One more row, unusable for `reason` if that is not empty."""
-        self._total += 1
-        if reason:
-            self._reasons[reason] += 1
-            self._first = self._first or example
-
-    def refuse(self) -> None:
-        """Raise if too few rows are left."""
-        lost = self._reasons.total()
-        if self._first and (lost == self._total or lost > self._allowed * self._total):
-            reasons = ", ".join(f"{number} × {reason}" for reason, number in self._reasons.most_common())
-            raise DataError(
-                f"{lost} of {self._total} rows of the {self._name} cannot be used ({reasons}; first: "
-                f"{self._first.file}:{self._first.line}); raise data.max_tokens, mend the rows, or raise "
-                "data.max_dropped"
-            )
-
-
 def _require_sources(config: DataSection, *names: str) -> None:
     for name in names:
-        if not getattr(config, name):
+        if getattr(config, name) == []:
             raise DataError(f"data.{name} names no file")
 
 
 def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[str, list[Clean]]:
-    """Target and held-out rows, cleaned and written; the held-out ones are not in the target."""
-    target = list(cleaner.clean("target"))
+    """Target and held-out rows, cleaned and written; the held-out ones are not in the target.
+
+    In-domain the target is empty, and without a held-out source of its own there are no held-out rows yet.
+    """
+    in_domain = cleaner.config.in_domain
+    target = [] if in_domain else list(cleaner.clean("target"))
+    made = {"target": target}
     if cleaner.config.heldout:
-        heldout = list(cleaner.clean("heldout"))
-    else:
-        target, heldout = split_off(target, holdout, seed)
-    leaks = Leaks([row.protected for row in heldout], [row.protected for row in target])
-    kept = []
+        made["heldout"] = list(cleaner.clean("heldout"))
+    elif not in_domain:
+        chosen = held_out("target", (clean.row.hash for clean in target), holdout, seed)
+        made["heldout"] = [clean for clean in target if clean.row.hash in chosen]
+        target = [clean for clean in target if clean.row.hash not in chosen]
+    leaks = Leaks([row.protected for row in made.get("heldout", [])], [row.protected for row in target])
+    made["target"] = []
     for clean in target:
         if leak := leaks.find(clean.row.hash, clean.conversation):
             cleaner.dropped.add("target", clean.row, f"{leak[1]} heldout", leaks=leak[0])
         else:
-            kept.append(clean)
-    if not kept:
+            made["target"].append(clean)
+    if target and not made["target"]:
         raise DataError("every row of the target is also in heldout: nothing is left")
-    made = {"target": kept, "heldout": heldout}
     for name, rows in made.items():
         Table([clean.row for clean in rows]).write(folder / f"{name}.parquet")
     return made
+
+
+def _split_pool(folder: Path, holdout: float, seed: int) -> dict[str, int]:
+    """Move the share of the pool that scores into a table of its own; rows with the same text stay together."""
+    pool = Table.read(folder / "pool.parquet")
+    hashes = pool.column("hash")
+    chosen = held_out("pool", hashes, holdout, seed)
+    parts = {
+        "heldout": pool.take([i for i, digest in enumerate(hashes) if digest in chosen]),
+        "pool": pool.take([i for i, digest in enumerate(hashes) if digest not in chosen]),
+    }
+    for name, part in parts.items():
+        part.write(folder / f"{name}.parquet")
+    return {name: len(part) for name, part in parts.items()}
 
 
 def _row(example: Example, rendered: Rendered) -> Row:

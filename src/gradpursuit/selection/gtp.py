@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from gradpursuit.config import GradientsSection
+from gradpursuit.config import PursuitSection
 from gradpursuit.errors import SelectionError
-from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.gradients.preconditioner import Preconditioner, PreconditionerLabel
 from gradpursuit.pursuit import GradientTrajectoryPursuit
-from gradpursuit.selection.base import Selection, SelectionProblem
+from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
+from gradpursuit.selection.scores import settings_of
 
 _PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
 
 
-class GTP:
-    """Examples whose weighted gradients reproduce the target's along the trajectory (arXiv 2410.16710)."""
+class GTP(PursuitSection):
+    """Examples whose weighted gradients reproduce the target's along the trajectory (arXiv 2410.16710).
 
-    name = "gtp"
-    source = "Deng, Li, Li, arXiv 2410.16710"
-    stochastic = False
+    Settings that are not given here are those of section `pursuit`.
+    """
 
-    def needs(self, gradients: GradientsSection) -> list[Preconditioner]:
-        """The configured preconditioner."""
-        return [Preconditioner(gradients.preconditioner)]
+    source: ClassVar[str] = "Deng, Li, Li, arXiv 2410.16710"
+    stochastic: ClassVar[bool] = False
+
+    preconditioner: PreconditionerLabel | None = Field(None, description="null: that of section gradients")
+
+    def needs(self, settings: Settings) -> Needs:
+        """Gradients."""
+        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean")
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
-        """Pursue the target's mean trajectory; fewer than `k` only with `saturation="stop"` or an exhausted pool.
+        """Pursue the target's trajectory; fewer than `k` only with `saturation="stop"` or an exhausted pool.
 
         Raises:
             SelectionError: no pool example correlates with the target.
         """
-        matrix, target = problem.matching()
-        settings = problem.pursuit
+        settings = settings_of(self, problem.pursuit)
+        assert isinstance(settings, PursuitSection)
+        several = settings.targets != "mean"
+        matrix, target = problem.matching(self.preconditioner, settings, per_group=several)
         solver = GradientTrajectoryPursuit(
             k,
             alpha=settings.alpha,
@@ -41,10 +49,18 @@ class GTP:
             tol=settings.tol,
             saturation=settings.saturation,
             max_coherence=settings.max_coherence,
+            targets=settings.targets,
         ).fit(matrix, target)
         evidence = pursuit_evidence(solver)
         evidence["copies"] = {problem.ids[copy]: problem.ids[of] for copy, of in solver.copies_.items()}
+        if several:
+            evidence["group_residuals"] = solver.group_residuals_.tolist()
         return from_solver(solver, evidence)
+
+
+def preconditioner_of(label: PreconditionerLabel | None, settings: Settings) -> Preconditioner:
+    """The preconditioner of that label; None: the configured one."""
+    return Preconditioner.labelled(label or settings.gradients.preconditioner)
 
 
 def pursuit_evidence(solver: Any) -> dict[str, Any]:
@@ -64,10 +80,19 @@ def from_solver(solver: Any, evidence: dict[str, Any]) -> Selection:
     Raises:
         SelectionError: the support is empty.
     """
-    if not len(solver.support_):
+    require_support(solver.support_)
+    weights = solver.coef_[solver.support_]
+    return Selection(np.asarray(solver.support_), weights / weights.mean(), np.asarray(solver.layers_), evidence)
+
+
+def require_support(support: Any) -> None:
+    """Refuse the outcome of a pursuit that found nobody.
+
+    Raises:
+        SelectionError: the support is empty.
+    """
+    if not len(support):
         raise SelectionError(
             "no pool example's gradient points where the target's does (no positive correlation); "
             "the pool cannot help this target at these checkpoints"
         )
-    weights = solver.coef_[solver.support_]
-    return Selection(np.asarray(solver.support_), weights / weights.mean(), np.asarray(solver.layers_), evidence)
