@@ -47,7 +47,7 @@ ORDER = {
             ("stages",),
             ("targets",),
             ("pipeline",),
-            ("status", "console", "verify", "estimate"),
+            ("status", "console", "verify", "estimate", "opening"),
             ("quickstart",),
             ("cli",),
         )

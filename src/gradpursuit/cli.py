@@ -61,26 +61,30 @@ def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit run config.yaml`."""
+    from gradpursuit.opening import read_config
+
     quiet_libraries()
-    _execute(arguments, _load(Path(arguments.config), overrides, arguments.run_dir), "report")
+    _execute(arguments, read_config(Path(arguments.config), overrides, arguments.run_dir), "report")
 
 
 def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
+    from gradpursuit.opening import named_config
+
     first, last, _ = STAGE_VERBS[arguments.name]
-    path = _config_file(arguments.run)
     if getattr(arguments, "targets", None):
         overrides = [*overrides, f"evaluation.targets={json.dumps(arguments.targets.split(','))}"]
     quiet_libraries()
-    _execute(arguments, _load(path, overrides, arguments.run_dir), last, first)
+    _execute(arguments, named_config(arguments.run, overrides, arguments.run_dir), last, first)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit report RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
 
-    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    made = Run(begun_config(arguments.run, overrides), quick=True)
     with at_work(made):
         page, data = made.report(full=arguments.full)
     done = Done(made.folder, [page, data], _view(page))
@@ -89,25 +93,23 @@ def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit status RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.status import read_status
 
-    found = read_status(Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True))
+    found = read_status(Run(begun_config(arguments.run, overrides), quick=True))
     print(found.to_json() if arguments.json else found)
 
 
 def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit inspect config.yaml`."""
-    from gradpursuit.data import Renderer
     from gradpursuit.data.inspection import inspect as look
-    from gradpursuit.selection import derive_seed
-    from gradpursuit.trajectory.model import load_tokenizer
+    from gradpursuit.opening import named_config
+    from gradpursuit.pipeline import Run
 
     quiet_libraries()
-    config = _load(_config_file(arguments.config), overrides)
-    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
-    holdout, seed = config.evaluation.holdout, derive_seed(config.seed, "holdout")
-    found = look(config.data, renderer, arguments.n, holdout, seed)
+    made = Run(named_config(arguments.config, overrides, arguments.run_dir))
+    found = look(made.config.data, made.renderer(), arguments.n, made.config.evaluation.holdout, made.seed("holdout"))
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
@@ -121,9 +123,10 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit estimate config.yaml`."""
     from gradpursuit.estimate import estimate as measure
+    from gradpursuit.opening import named_config
 
     quiet_libraries()
-    found = measure(_load(_config_file(arguments.config), overrides, arguments.run_dir))
+    found = measure(named_config(arguments.config, overrides, arguments.run_dir))
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -141,15 +144,16 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit verify RUN`."""
     from gradpursuit.lock import holder
+    from gradpursuit.opening import read_config, run_folder
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import check_line
     from gradpursuit.verify import verify as check
 
-    folder = _run_folder(arguments.run)
+    folder = run_folder(arguments.run)
     if owner := holder(folder):
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
-    found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
+    found = check(Run(read_config(folder / "config.yaml", overrides)), arguments.sample)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -163,12 +167,13 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target add RUN --name N --file F`."""
     from gradpursuit.config import SourceSection
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
     from gradpursuit.sources import located
     from gradpursuit.targets import TargetFiles, add_target
 
-    config = _load(_run_folder(arguments.run) / "config.yaml", overrides)
+    config = begun_config(arguments.run, overrides)
     named = [
         [located(SourceSection(path=path)).path for path in paths] for paths in (arguments.file, arguments.heldout)
     ]
@@ -184,11 +189,12 @@ def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target list RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.status import target_lines
     from gradpursuit.targets import targets
 
-    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    made = Run(begun_config(arguments.run, overrides), quick=True)
     found = [target.describe() for target in targets(made)]
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -231,76 +237,12 @@ def _execute(
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
-def _config_file(name: str) -> Path:
-    """The configuration that is meant by a YAML file or a run folder.
-
-    Raises:
-        RunError: there is no such folder.
-    """
-    path = Path(name)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
-    return path / "config.yaml" if path.is_dir() else path
-
-
-def _run_folder(name: str) -> Path:
-    """The folder of a run that was begun.
-
-    Raises:
-        RunError: it is none.
-    """
-    path = Path(name)
-    if path.is_file():
-        where = f"run_dir of the configuration, or runs/{path.stem}"
-        raise RunError(f"{path}: a file; give the run folder instead: {where}")
-    if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
-        from gradpursuit.lock import holder
-
-        if owner := holder(path):
-            raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
-        lacking = " and ".join(name for name in ("config.yaml", "manifest.json") if not (path / name).is_file())
-        what = "no such folder" if not path.exists() else f"not a run folder, or a damaged one: it holds no {lacking}"
-        raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
-    return path
-
-
-def _load(path: Path, overrides: list[str], run_dir: str | None = None) -> RunConfig:
-    """Read a configuration; paths become absolute, so that a saved one can be replayed from anywhere.
-
-    The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
-    names another.
-    """
-    from gradpursuit.config import load_config
-    from gradpursuit.sources import located
-
-    if run_dir is None and (path.parent / "manifest.json").is_file():
-        run_dir = str(path.parent)
-    if run_dir is not None:
-        overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for
-    config = load_config(path, overrides)
-    data, model = config.data, Path(config.model.path).expanduser()
-    files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
-    absolute = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
-    return config.model_copy(
-        update={
-            "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
-            "data": data.model_copy(update=absolute),
-            "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
-            "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
-        }
-    )
-
-
 def _count(text: str) -> int:
     """A flag's number of things."""
     number = int(text)
     if number < 0:
         raise ValueError(text)
     return number
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

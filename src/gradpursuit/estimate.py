@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from gradpursuit.comparison_stage import compared, target_names
 from gradpursuit.config import RunConfig
-from gradpursuit.data import Renderer, Row, Table, draw, prepare
+from gradpursuit.data import Row, Table, draw, prepare
 from gradpursuit.evaluation.scoring import Scorer
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
@@ -147,8 +147,7 @@ def _sample(run: Run) -> Sample:
         drawn, scale = draw(config.data.pool, SAMPLE, Path(scratch))
         data, folder = config.data.model_copy(update={"pool": drawn}), Path(scratch) / "data"
         start = time.monotonic()
-        renderer = Renderer(load_tokenizer(config.model), data.turns, data.chat_template_kwargs)
-        prepare(data, renderer, folder, config.evaluation.holdout, run.seed("holdout"))
+        prepare(data, run.renderer(), folder, config.evaluation.holdout, run.seed("holdout"))
         seconds = (time.monotonic() - start) * scale
         splits = (Table.read(folder / f"{name}.parquet") for name in ("pool", "target", "heldout"))
         pool, target, heldout = (Table(list(split)) for split in splits)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import kept_if_refused, read_json, stamp_of, write_text
+from gradpursuit.files import kept_if_refused, read_json, write_text
 from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
-from gradpursuit.plugins import distribution, registered
-from gradpursuit.sources import contents, gone_note, known_hashes
+from gradpursuit.plugins import used_distributions
+from gradpursuit.sources import content_hashes, gone_note, stamp
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target, targets
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from gradpursuit.data import Table
+    from gradpursuit.data import Renderer, Table
     from gradpursuit.evaluation.findings import Line
     from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
@@ -203,28 +203,20 @@ class Run:
             section, _, key = setting.partition(".")
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
-            value["inputs"] = list(self.input_hashes.values())
-            value["sources"] = {name: [s.options for s in getattr(self.config.data, name) or []] for name in SPLITS}
+            sources = {name: getattr(self.config.data, name) for name in SPLITS}
+            value["inputs"] = {name: list(hashes.values()) for name, hashes in self.input_hashes.items()}
+            value["sources"] = {name: made and [source.options for source in made] for name, made in sources.items()}
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.trajectory_hashes
-        if stage.name == "data" and self.config.data.in_domain:
-            value["in_domain"] = True
         if stage.name == "gradients":
             value["features"] = feature_requests(self.config.selection)
         if stage.name == "selection":
-            value["plugins"] = self._plugins()
+            value["plugins"] = used_distributions(self.config.selection)
             value["target"] = self.target.fingerprint() if self.target else None
         if stage.name == "evaluation":
             value["targets"] = targets_fingerprint(self)
         return digest_of(value)
-
-    def _plugins(self) -> list[str]:
-        """Name and version of the distributions whose strategies may be used."""
-        selection = self.config.selection
-        selectors = {str(options.get("selector", "")) for options in selection.options.values()}
-        used = selectors.union(selection.strategies)
-        return sorted({distribution(point) for name, same in registered().items() if name in used for point in same})
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
@@ -232,8 +224,8 @@ class Run:
         return model_identity(self.config.model)
 
     @cached_property
-    def input_hashes(self) -> dict[str, str]:
-        """sha256 of every input file.
+    def input_hashes(self) -> dict[str, dict[str, str]]:
+        """sha256 of every input file, by split and path.
 
         That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
         of the same size and time.
@@ -241,17 +233,17 @@ class Run:
         Raises:
             RunError: a file cannot be read, and it is not known what was in it.
         """
-        data, known = self.config.data, self.manifest.entry("data").get("detail", {})
+        known = self.manifest.entry("data").get("detail", {})
         stamps = known.get("stamps", {}) if self.quick else {}
-        hashes = known.get("inputs", {})
-        found = known_hashes(contents([*data.pool, *(data.target or []), *data.heldout], hashes), hashes, stamps)
+        sources = {name: getattr(self.config.data, name) or [] for name in SPLITS}
+        found = content_hashes(sources, known.get("inputs", {}), stamps)
         if (note := gone_note(found)) and not self.quick:
             logger.info("note: %s", note)
         return found
 
     def input_stamps(self) -> dict[str, list[int]]:
         """Size and time of change of every input file, which tell a quick look that it is still the same."""
-        return {path: stamp_of(path) for path in self.input_hashes}
+        return {path: stamp(path) for hashes in self.input_hashes.values() for path in hashes}
 
     @cached_property
     def target(self) -> Target | None:
@@ -323,6 +315,14 @@ class Run:
         from gradpursuit.selection import Settings
 
         return Settings(self.config.gradients, self.config.pursuit, self.config.selection.options)
+
+    def renderer(self) -> Renderer:
+        """Renders rows as the model's tokenizer does, supervised as the configuration says."""
+        from gradpursuit.data import Renderer
+        from gradpursuit.trajectory.model import load_tokenizer
+
+        data = self.config.data
+        return Renderer(load_tokenizer(self.config.model), data.turns, data.chat_template_kwargs)
 
     def strategies(self) -> list[Strategy]:
         """The configured strategies."""

@@ -114,52 +114,67 @@ def located(source: SourceSection) -> SourceSection:
     return source.model_copy(update={"path": str(path.resolve())})
 
 
-def contents(sources: Sequence[SourceSection], known: Iterable[str] = ()) -> list[str]:
-    """The path of every file and saved folder that the sources are made of, and every hub id.
-
-    A glob that matches nothing any more stands for what is `known` to have matched it.
-    """
-    names: list[str] = []
-    for source in sources:
-        try:
-            names += [made.path for made in _expand(source)]
-        except DataError:
-            gone = [name for name in known if fnmatch.fnmatch(name, source.path)]
-            if not gone:
-                raise
-            names += gone
-    return names
+Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path
 
 
-def known_hashes(
-    names: Sequence[str], known: Mapping[str, str], stamps: Mapping[str, list[int]] | None = None
-) -> dict[str, str]:
-    """sha256 of what lies at every path; a `known` one is taken if that is gone, or is what its stamp says.
+def content_hashes(
+    splits: Mapping[str, Sequence[SourceSection]], known: Hashes, stamps: Mapping[str, list[int]] | None = None
+) -> dict[str, dict[str, str]]:
+    """The hashes of all that the sources of some splits are made of.
+
+    What is `known` is taken if it is gone, or is what its stamp says.
 
     Raises:
+        DataError: a glob matches nothing, and no known file either.
         RunError: a file cannot be read, and what was in it is not known.
     """
-    stamps = stamps or {}
+    stamps, found = stamps or {}, {}
+    for name, sources in splits.items():
+        before = known.get(name, {})
+        found[name] = {
+            path: before[path] if path in before and stamp(path) in ([], stamps.get(path)) else _content_hash(path)
+            for path in _paths(sources, before)
+        }
+    return found
 
-    def is_known(name: str) -> bool:
-        return name in known and stamp_of(name) in ([], stamps.get(name))
 
-    return {name: known[name] if is_known(name) else content_hash(name) for name in names}
+def _paths(sources: Sequence[SourceSection], known: Iterable[str]) -> Iterator[str]:
+    """Of everything that is read; a glob that matches nothing any more stands for what is known to have matched it."""
+    for source in sources:
+        try:
+            yield from [made.path for made in _expand(source)]
+        except DataError:
+            gone = [path for path in known if fnmatch.fnmatch(path, source.path)]
+            if not gone:
+                raise
+            yield from gone
 
 
-def gone_note(names: Iterable[str]) -> str:
+def stamp(path: str) -> list[int]:
+    """Size, and time of the last change, of what lies at a path; empty if nothing does."""
+    if not Path(path).is_dir():
+        return stamp_of(path)
+    found = [stamp_of(str(file)) for file in _files(Path(path))]
+    return [sum(size for size, _ in found), max(changed for _, changed in found)]
+
+
+def gone_note(hashes: Hashes) -> str:
     """What there is to say of files that are not there any more, though what was made of them is."""
-    gone = [name for name in names if not stamp_of(name) and not is_hub_id(name)]
+    paths = dict.fromkeys(path for split in hashes.values() for path in split)
+    gone = [path for path in paths if not Path(path).exists() and not is_hub_id(path)]
     return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
 
 
-def content_hash(name: str) -> str:
-    """sha256 (hex) of what lies at a path of :func:`contents`; a hub id stands for content that is not at hand."""
-    if is_hub_id(name):
-        return hashlib.sha256(name.encode()).hexdigest()
-    folder = Path(name)
+def _content_hash(path: str) -> str:
+    """sha256 (hex) of what lies at a path; a hub id stands for content that is not at hand."""
+    if is_hub_id(path):
+        return hashlib.sha256(path.encode()).hexdigest()
+    folder = Path(path)
     if not folder.is_dir():
         return sha256_of(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listing = "".join(f"{path.relative_to(folder).as_posix()} {sha256_of(path)}\n" for path in files)
+    listing = "".join(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n" for file in _files(folder))
     return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

@@ -61,13 +61,11 @@ class Stage:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    from gradpursuit.data import Renderer, prepare
+    from gradpursuit.data import prepare
     from gradpursuit.selection.export import refuse_reserved_columns
-    from gradpursuit.trajectory.model import load_tokenizer
 
     config = run.config
-    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
-    counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
+    counts = prepare(config.data, run.renderer(), run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
     return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}

@@ -23,7 +23,7 @@ from gradpursuit.config import SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
 from gradpursuit.manifest import Manifest, State, digest_of
-from gradpursuit.sources import contents, gone_note, known_hashes
+from gradpursuit.sources import content_hashes, gone_note
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -49,11 +49,9 @@ class TargetFiles:
         Raises:
             RunError: a file cannot be read, and it is not known what was in it.
         """
-        found = {}
-        for name in ("target", "heldout"):
-            known = self.known.get(name, {})
-            found[name] = known_hashes(contents(_sources(getattr(self, name)), known), known)
-        if note := gone_note(path for hashes in found.values() for path in hashes):
+        sources = {name: _sources(getattr(self, name)) for name in ("target", "heldout")}
+        found = content_hashes(sources, self.known)
+        if note := gone_note(found):
             logger.info("note: %s", note)
         return found
 
@@ -244,12 +242,10 @@ def _make(run: Run, target: Target, files: TargetFiles) -> None:
 
 
 def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
-    from gradpursuit.data import Renderer, prepare_target
+    from gradpursuit.data import prepare_target
     from gradpursuit.files import write_folder
-    from gradpursuit.trajectory.model import load_tokenizer
 
-    config = run.config
-    renderer = Renderer(load_tokenizer(config.model), config.data.turns, config.data.chat_template_kwargs)
+    config, renderer = run.config, run.renderer()
     chosen = config.data.model_copy(update={"target": _sources(files.target), "heldout": _sources(files.heldout)})
     new = not target.folder.exists()
     try:

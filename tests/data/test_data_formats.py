@@ -6,6 +6,7 @@ import csv
 import datetime
 import gzip
 import json
+import shutil
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gradpursuit.data import read_examples
 from gradpursuit.data.formats import count
 from gradpursuit.data.json_array import elements
 from gradpursuit.errors import DataError
-from gradpursuit.sources import content_hash, contents, expand, located
+from gradpursuit.sources import content_hashes, expand, gone_note, located, stamp
 
 ROWS = [
     {"id": "a", "prompt": "q, with a comma", "completion": 'a "quoted"\nanswer', "topic": "x"},
@@ -122,17 +123,25 @@ def test_files_that_stand_for_the_content(tmp_path: Path, monkeypatch: pytest.Mo
     write(tmp_path / "saved")
     write(tmp_path / "a.jsonl")
     monkeypatch.chdir(tmp_path)
-    sources = [SourceSection(path=path) for path in ("*.jsonl", "saved", "me/data", "a.jsonl")]
-    assert contents(sources) == ["a.jsonl", "saved", "me/data", "a.jsonl"]
-    before = [content_hash(name) for name in contents(sources)]
-    assert len(set(before)) == 3
+    sources = {"pool": [SourceSection(path=path) for path in ("*.jsonl", "saved", "me/data")]}
+    sources["target"] = [SourceSection(path="a.jsonl")]
+    before = content_hashes(sources, {})
+    assert {name: list(hashes) for name, hashes in before.items()} == {
+        "pool": ["a.jsonl", "saved", "me/data"],
+        "target": ["a.jsonl"],
+    }
+    assert len({digest for hashes in before.values() for digest in hashes.values()}) == 3
+    stamps = {path: stamp(path) for path in before["pool"]}
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"other")
-    assert [one == other for one, other in zip(before, map(content_hash, contents(sources)), strict=True)] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    after = content_hashes(sources, before)
+    assert content_hashes(sources, before, stamps) == after, "a file in a folder has changed, not the folder"
+    assert [path for path in before["pool"] if before["pool"][path] != after["pool"][path]] == ["saved"]
+    (tmp_path / "a.jsonl").unlink()
+    shutil.rmtree(tmp_path / "saved")
+    assert content_hashes(sources, after) == after
+    assert gone_note(after) == "not there any more: a.jsonl, saved; what was made of it is used"
+    with pytest.raises(DataError, match="no file matches"):
+        content_hashes(sources, {})
     assert located(SourceSection(path="*.jsonl", name="x")) == SourceSection(path=str(tmp_path / "*.jsonl"), name="x")
     assert located(SourceSection(path="me/data")).path == "me/data"
     assert located(SourceSection(path="me/data.csv")).path == str(tmp_path / "me" / "data.csv")
