@@ -30,7 +30,7 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
 def test_minimal_file_and_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
     assert [source.path for source in config.data.pool] == ["pool.jsonl"]
-    assert [source.path for source in config.data.target] == ["a.jsonl", "b.jsonl"]
+    assert [source.path for source in config.data.target or []] == ["a.jsonl", "b.jsonl"]
     assert config.gradients.preconditioner == "adam-symmetric"
     assert config.model.lora is not None
     assert config.model.lora.r == 8
@@ -80,7 +80,8 @@ def test_sources_are_dumped_as_short_as_they_can_be(tmp_path: Path) -> None:
     [
         ("{pool: {pth: p}, target: t}", "unknown key 'pth' in section 'data.pool.0'; did you mean 'path'?"),
         ("{pool: [p, {name: x}], target: t}", "'data.pool.1.path' is missing"),
-        ("{pool: '', target: t}", "'data.pool.0.path' = ''"),
+        ("{pool: p, target: {pth: t}}", "unknown key 'pth' in section 'data.target.0'; did you mean 'path'?"),
+        ("{pool: ['a,b', {path: ''}], target: t}", "'data.pool.1.path' = ''"),
         ("{pool: p, target: t, columns: {promt: q}}", "'data.columns.promt"),
         ("{pool: p, target: t, turns: all}", "'data.turns' = 'all'"),
         ("{pool: p, target: t, near_threshold: 1}", "'data.near_threshold' = 1"),
@@ -134,7 +135,7 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     assert (config.warmup.epochs, config.model.lora.r, config.warmup.learning_rate) == (2, 4, 5e-5)
     assert config.pursuit.balance is False
     assert [source.path for source in config.data.pool] == ["x.jsonl", "y.jsonl"]
-    assert [source.path for source in config.data.target] == ["z.jsonl"]
+    assert [source.path for source in config.data.target or []] == ["z.jsonl"]
     assert config.model.revision == "1234"
 
 
@@ -259,7 +260,7 @@ def test_a_list_of_names_may_be_a_text_with_commas(tmp_path: Path, key: str) -> 
         found: Any = load(tmp_path, MINIMAL, f"{key}={text}")
         for name in key.split("."):
             found = getattr(found, name)
-        return found
+        return [source.path for source in found] if key.startswith("data.") else found
 
     assert value("a_1, b.c") == value("[a_1, b.c]") == ["a_1", "b.c"]
     assert value("['a,b']") == ["a,b"]

@@ -133,13 +133,19 @@ def content_hashes(
         before = known.get(name, {})
         found[name] = {
             path: before[path] if path in before and stamp(path) in ([], stamps.get(path)) else _content_hash(path)
-            for path in _paths(sources, before)
+            for path in paths(sources, before)
         }
     return found
 
 
-def _paths(sources: Sequence[SourceSection], known: Iterable[str]) -> Iterator[str]:
-    """Of everything that is read; a glob that matches nothing any more stands for what is known to have matched it."""
+def paths(sources: Sequence[SourceSection], known: Iterable[str]) -> Iterator[str]:
+    """Of every file, saved folder and hub id that the sources are made of.
+
+    A glob that matches nothing any more stands for what is `known` to have matched it.
+
+    Raises:
+        DataError: it matches none of those either.
+    """
     for source in sources:
         try:
             yield from [made.path for made in _expand(source)]
@@ -160,8 +166,8 @@ def stamp(path: str) -> list[int]:
 
 def gone_note(hashes: Hashes) -> str:
     """What there is to say of files that are not there any more, though what was made of them is."""
-    paths = dict.fromkeys(path for split in hashes.values() for path in split)
-    gone = [path for path in paths if not Path(path).exists() and not is_hub_id(path)]
+    named = dict.fromkeys(path for split in hashes.values() for path in split)
+    gone = [path for path in named if not Path(path).exists() and not is_hub_id(path)]
     return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
 
 

@@ -145,9 +145,10 @@ def test_a_target_that_is_added_later_rules_pool_rows_out(tmp_path: Path, render
         tmp_path / "own.jsonl", *({"q": f"{QUESTION} {i}" if i == 2 else f"q{i}", "a": "x", "id": i} for i in range(4))
     )
     target = lines(tmp_path / "t.jsonl", pair(QUESTION, "At three."), *pairs("t", 3))
-    mapped = {"path": pool, "columns": {"prompt": "q", "completion": "a"}}
+    mapped = {"path": str(tmp_path / "ow*.jsonl"), "columns": {"prompt": "q", "completion": "a"}}
     config = DataSection.model_validate({"pool": mapped, "target": target})
     table = Table.read(_prepared(tmp_path, renderer, mapped))
+    Path(pool).unlink()  # its rows are clean: the file is needed no more
     (tmp_path / "late").mkdir()
     counts = prepare_target(config, table, renderer, tmp_path / "late", 0.3, 0)
     assert left_out(tmp_path / "late") == {"2"}

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from gradpursuit.data.table import Row, Table, TableWriter
 from gradpursuit.errors import DataError
 from gradpursuit.files import write_folder
 from gradpursuit.progress import Progress
-from gradpursuit.sources import expand
+from gradpursuit.sources import expand, paths
 
 logger = logging.getLogger("gradpursuit")
 _BATCH = 256  # rows that are tokenized together
@@ -153,7 +154,7 @@ def prepare_target(
         cleaner = Cleaner(config, renderer, dropped)
         target = _targets(cleaner, folder, holdout, seed)
         leaks = Leaks([row.protected for split in target.values() for row in split])
-        said, found = _Said(config), 0
+        said, found = _Said(config, pool), 0
         with Progress("look for the target in the pool", len(pool)) as progress:
             for row in pool if config.leaks == "remove" else ():
                 if leak := leaks.find(row.hash, said(row)):
@@ -281,15 +282,17 @@ def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[
 def _split_pool(folder: Path, holdout: float, seed: int) -> dict[str, int]:
     """Move the share of the pool that scores into a table of its own; rows with the same text stay together."""
     pool = Table.read(folder / "pool.parquet")
-    hashes = pool.column("hash")
-    chosen = held_out("pool", hashes, holdout, seed)
-    parts = {
-        "heldout": pool.take([i for i, digest in enumerate(hashes) if digest in chosen]),
-        "pool": pool.take([i for i, digest in enumerate(hashes) if digest not in chosen]),
-    }
-    for name, part in parts.items():
-        part.write(folder / f"{name}.parquet")
-    return {name: len(part) for name, part in parts.items()}
+    chosen = held_out("pool", pool.column("hash"), holdout, seed)
+    counts = {"pool": 0, "heldout": 0}
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(TableWriter.opened(folder / f"{name}.parquet")) for name in counts}
+        progress = stack.enter_context(Progress("set held-out rows aside", len(pool)))
+        for row in pool:
+            name = "heldout" if row.hash in chosen else "pool"
+            writers[name].add(row)
+            counts[name] += 1
+            progress.update()
+    return counts
 
 
 def _row(example: Example, rendered: Rendered) -> Row:
@@ -306,16 +309,16 @@ def _row(example: Example, rendered: Rendered) -> Row:
 
 
 class _Said:
-    """What the rows of a pool that was cleaned before say."""
+    """What the rows of a pool that was cleaned before say, whether or not their files are still there."""
 
-    def __init__(self, config: DataSection) -> None:
-        self._default = config.columns
+    def __init__(self, config: DataSection, pool: Table) -> None:
+        self._default, files = config.columns, set(pool.column("file"))
         mapped = [source for source in config.pool if source.columns is not None]
-        self._own = {made.path: made.source.columns for made in expand(mapped)}
+        self._own = {path: source.columns or {} for source in mapped for path in paths([source], files)}
 
     def __call__(self, row: Row) -> Conversation:
         """The conversation of a row."""
-        mapping = self._own.get(row.file) or self._default
+        mapping = self._own.get(row.file, self._default)
         return recognise(row.columns, mapping, f"{row.file}:{row.line}")[1]
 
 
