@@ -166,18 +166,14 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target add RUN --name N --file F`."""
-    from gradpursuit.config import SourceSection
     from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
-    from gradpursuit.sources import located
+    from gradpursuit.sources import located_path
     from gradpursuit.targets import TargetFiles, add_target
 
     config = begun_config(arguments.run, overrides)
-    named = [
-        [located(SourceSection(path=path)).path for path in paths] for paths in (arguments.file, arguments.heldout)
-    ]
-    files = TargetFiles(*map(tuple, named))
+    files = TargetFiles(tuple(map(located_path, arguments.file)), tuple(map(located_path, arguments.heldout)))
     quiet_libraries()
     made = Run(config)
     with at_work(made):

@@ -107,11 +107,13 @@ def _is_saved(path: Path) -> bool:
 
 
 def located(source: SourceSection) -> SourceSection:
-    """The same source by an absolute path, so that it can be found from anywhere; a hub id stays as it is."""
-    path = Path(source.path).expanduser()
-    if is_hub_id(source.path):
-        return source
-    return source.model_copy(update={"path": str(path.resolve())})
+    """The same source by its :func:`located_path`."""
+    return source.model_copy(update={"path": located_path(source.path)})
+
+
+def located_path(path: str) -> str:
+    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is."""
+    return path if is_hub_id(path) else str(Path(path).expanduser().resolve())
 
 
 Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -177,7 +177,7 @@ def left_out(folder: Path) -> set[str]:
         return {record["id"] for record in map(json.loads, file) if record["split"] == "pool"}
 
 
-def held_out(name: str, hashes: Iterable[str], holdout: float, seed: int) -> set[str]:
+def held_out(name: str, hashes: Sequence[str], holdout: float, seed: int) -> set[str]:
     """The hashes of the rows of split `name` (target or pool) that score, where the others guide; copies stay together.
 
     Raises:
@@ -191,7 +191,8 @@ def held_out(name: str, hashes: Iterable[str], holdout: float, seed: int) -> set
         )
     number = min(max(1, round(holdout * len(distinct))), len(distinct) - 1)
     chosen = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:number]}
-    logger.info("no held-out file: %d of %d texts of the %s are set aside for scoring", number, len(distinct), name)
+    rows = sum(digest in chosen for digest in hashes)
+    logger.info("no held-out file: %d of %d %s rows are set aside for scoring", rows, len(hashes), name)
     return chosen
 
 
@@ -262,7 +263,7 @@ def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[
     if cleaner.config.heldout:
         made["heldout"] = list(cleaner.clean("heldout"))
     elif not in_domain:
-        chosen = held_out("target", (clean.row.hash for clean in target), holdout, seed)
+        chosen = held_out("target", [clean.row.hash for clean in target], holdout, seed)
         made["heldout"] = [clean for clean in target if clean.row.hash in chosen]
         target = [clean for clean in target if clean.row.hash not in chosen]
     leaks = Leaks([row.protected for row in made.get("heldout", [])], [row.protected for row in target])

@@ -99,7 +99,7 @@ def _view(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: 
         if theirs not in columns:
             found = ", ".join(f"'{name}'" for name in columns) or "none"
             raise DataError(f"{where}: data.columns takes '{ours}' from column '{theirs}'; columns found: {found}")
-    mapped = {ours: columns[theirs] for ours, theirs in renamed.items()}
+    mapped: dict[str, Any] = {ours: columns[theirs] for ours, theirs in renamed.items()}
     if any(name in renamed for needed, _ in _READERS.values() for name in needed):
         return {**{name: columns.get(name) for name in ("tools",)}, **mapped}
     return {**columns, **mapped}
