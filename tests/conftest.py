@@ -5,6 +5,7 @@ Both models come from the packages that the quickstart fetches; downloads are ca
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -47,6 +48,12 @@ def tiny_path(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # Every training of the Trainer ends with a full garbage collection: half a second, more than a training of this
+    # model takes, for the objects of imported modules, which stay anyway.
+    import gradpursuit.trajectory.training  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
     return folder
 
 

@@ -199,7 +199,7 @@ def test_messages_schema_and_a_split_of_the_target(job: Job, capsys: pytest.Capt
     assert main(["run", str(job.path)]) == 0
     printed = capsys.readouterr()
     assert "3 of 10 target rows are set aside for scoring" in printed.err
-    assert "mean after" in printed.err
+    assert "after, by seed" in printed.err
     assert printed.out == f"{job.run_dir}\n", "nothing but data goes into a pipe"
     assert Path(job.run_dir / "selection/gtp/selected.jsonl").read_text().count('"messages"') == 5
 

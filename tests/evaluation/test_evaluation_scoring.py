@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gradpursuit.config import ModelSection
 from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.evaluation.answers import Question
 from gradpursuit.evaluation.scoring import Scorer, generate
+from gradpursuit.trajectory.model import load_model
 from gradpursuit.trajectory.training import TrainSpec, train
 from questions import FLOAT32, rows
 
@@ -26,13 +29,13 @@ def plainly(model: PreTrainedModel, question: Question, tokenizer: PreTrainedTok
     return tokenizer.decode(ids[len(question.prompt) :], skip_special_tokens=True).strip()
 
 
-@pytest.fixture
-def trained(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+@pytest.fixture(scope="module")
+def trained(tiny_path: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A model that has learned some answers and not others."""
-    base.requires_grad_(True)
-    learned = rows(tokenizer, "apple", 9)
-    train(base, list(learned), TrainSpec(60, 9, 1e-2, 0, "learn"), FLOAT32)
-    return base
+    model = load_model(ModelSection(path=str(tiny_path), device="cpu"))
+    model.requires_grad_(True)
+    train(model, list(rows(tokenizer, "apple", 9)), TrainSpec(60, 9, 1e-2, 0, "learn"), FLOAT32)
+    return model
 
 
 def answered(row: Row, tokens: list[int]) -> Row:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -281,14 +282,15 @@ def test_the_comparison_is_that_of_its_files(finished: Job, report: dict[str, An
 
 
 def test_terminal_tables_show_every_seed_and_the_total() -> None:
-    lines = [Line("gtp", 2, 0.0, 1, 8.0, [1.0, 2.0]), Line("random", 2, 1.0, 0, 8.0, [3.0, 5.0])]
+    lines = [Line("gtp", 2, 0.0, 1, 8.0, [1.0, 2.0]), Line("random-matched", 2, 1.0, 0, 8.0, [3.0, 5.0, 4.0])]
     stages = {
         "data": {"seconds": 1.0, "detail": {}},
         "selection": {"seconds": 2.25, "detail": {"seconds": {"gtp": 2.0}}},
     }
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=80, record=True, file=StringIO())
     console.print(comparison_table(lines))
     console.print(timing_table({"stages": stages}))
     text = console.export_text()
-    for figure in ("1.000", "2.000", "1.500", "4.000", "8.000", "after, seed 1", "3.2"):
+    for figure in ("random-matched", "1.000", "2.000", "3.000", "5.000", "1.500", "4.000", "8.000", "3.2"):
         assert figure in text
+    assert "…" not in text, "80 columns are enough"
