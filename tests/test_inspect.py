@@ -100,6 +100,17 @@ def test_colours_on_a_terminal_unless_refused(
     assert "⟦" in out
 
 
+def test_a_pool_that_is_its_own_target(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--data.target", "pool", "--data.heldout", "[]", "--n", "2"]
+    found = as_json(job, capsys, *flags)
+    assert (found["rows"]["target"], found["rows"]["pool"] + found["rows"]["heldout"]) == (0, 32)
+    assert (list(found["sources"]), [row["split"] for row in found["shown"]]) == (["pool"], ["pool", "pool"])
+    assert main(["inspect", str(job.path), *flags]) == 0
+    printed = capsys.readouterr()
+    assert re.search(r"target\s+│\s+0 │", printed.out)
+    assert f"{found['rows']['heldout']} of 32 pool rows are set aside for scoring" in printed.err
+
+
 def test_bad_input_is_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     (job.folder / "target.jsonl").write_text('{"prompt": 5}\n')
     assert main(["inspect", str(job.path)]) == 2

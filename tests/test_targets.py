@@ -102,7 +102,8 @@ def test_features_are_those_of_a_fresh_run_and_nothing_else_is_touched(
     for name in ("gtp", "less", "random"):
         assert chosen(run, name) == chosen(tmp_path / "fresh", name)
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run, tmp_path / "fresh")]
-    assert reports[0]["comparison"] == reports[1]["comparison"]
+    compared = [json.dumps(report["comparison"]) for report in reports]
+    assert compared[0].replace('"target": "other"', '"target": "own"') == compared[1]
     assert [report["cleaning"]["rows"]["target"] for report in reports] == [10, 10]
     assert [report["cleaning"]["rows"]["heldout"] for report in reports] == [5, 5]
     assert "chosen for “other” by gtp" in (run / "report.html").read_text("utf-8")
