@@ -34,7 +34,7 @@ def trained(tiny_path: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedMo
     """A model that has learned some answers and not others."""
     model = load_model(ModelSection(path=str(tiny_path), device="cpu"))
     model.requires_grad_(True)
-    train(model, list(rows(tokenizer, "apple", 9)), TrainSpec(60, 9, 1e-2, 0, "learn"), FLOAT32)
+    train(model, list(rows(tokenizer, "apple", 9)), TrainSpec(30, 9, 2e-2, 0, "learn"), FLOAT32)
     return model
 
 
