@@ -22,7 +22,10 @@ class Job:
         self.tree: dict[str, Any] = {
             "run_dir": str(self.run_dir),
             "model": {"path": str(model), "device": "cpu", "precision": "float32"},
-            "data": {name: str(folder / f"{name}.jsonl") for name in ("pool", "target", "heldout")},
+            "data": {
+                **{name: str(folder / f"{name}.jsonl") for name in ("pool", "target", "heldout")},
+                "deduplicate": "none",  # the copy of row 3 is there to be met by the strategies
+            },
             "warmup": {"fraction": 0.4, "epochs": 2, "checkpoints": 2, "batch_size": 4, "learning_rate": 1e-2},
             "gradients": {"dim": 256, "shard_rows": 8},
             "selection": {"strategies": ["gtp", "less", "random"], "k": 5},

@@ -88,7 +88,7 @@ def test_wrong_configurations(job: Job, capsys: pytest.CaptureFixture[str]) -> N
         (["--model.device", "warp9"], "model.device 'warp9' cannot be used here"),
         (["--model.lora.target_modules", "nothing_like_it"], "target_modules='nothing_like_it'"),
         (["--warmup.checkpoints", "500"], "raise warmup.fraction or warmup.epochs"),
-        (["--data.max_tokens", "9"], "31 of 31 rows of the pool cannot be used (31 × longer than max_tokens"),
+        (["--data.max_tokens", "9"], "6 of 6 rows of the target cannot be used (6 × longer than max_tokens"),
     ):
         assert words in fails([*run, *setting], capsys)
     assert not (job.run_dir / "selection").exists()

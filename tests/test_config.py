@@ -29,8 +29,8 @@ def message(tmp_path: Path, text: str, *overrides: str) -> str:
 
 def test_minimal_file_and_defaults(tmp_path: Path) -> None:
     config = load(tmp_path, MINIMAL)
-    assert config.data.pool == ["pool.jsonl"]
-    assert config.data.target == ["a.jsonl", "b.jsonl"]
+    assert [source.path for source in config.data.pool] == ["pool.jsonl"]
+    assert [source.path for source in config.data.target or []] == ["a.jsonl", "b.jsonl"]
     assert config.gradients.preconditioner == "adam-symmetric"
     assert config.model.lora is not None
     assert config.model.lora.r == 8
@@ -54,6 +54,41 @@ def test_dump_and_load_are_inverse(tmp_path: Path, overrides: list[str]) -> None
     again.write_text(config.dump(), encoding="utf-8")
     assert load_config(again) == config
     assert load_config(again).dump() == config.dump()
+
+
+SOURCES = """
+model: {path: m}
+data:
+  pool: [{path: "chats/*.parquet", name: chats, columns: {messages: turns}}, plain.jsonl, {path: me/data, split: test}]
+  target: {path: t.csv}
+"""
+
+
+def test_sources_are_dumped_as_short_as_they_can_be(tmp_path: Path) -> None:
+    config = load(tmp_path, SOURCES)
+    assert config.data.pool[0].options == {"name": "chats", "columns": {"messages": "turns"}}
+    tree = yaml.safe_load(config.dump())["data"]
+    assert tree["pool"] == yaml.safe_load(SOURCES)["data"]["pool"]
+    assert tree["target"] == ["t.csv"]
+    again = tmp_path / "again.yaml"
+    again.write_text(config.dump(), encoding="utf-8")
+    assert load_config(again) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        ("{pool: {pth: p}, target: t}", "unknown key 'pth' in section 'data.pool.0'; did you mean 'path'?"),
+        ("{pool: [p, {name: x}], target: t}", "'data.pool.1.path' is missing"),
+        ("{pool: p, target: {pth: t}}", "unknown key 'pth' in section 'data.target.0'; did you mean 'path'?"),
+        ("{pool: ['a,b', {path: ''}], target: t}", "'data.pool.1.path' = ''"),
+        ("{pool: p, target: t, columns: {promt: q}}", "'data.columns.promt"),
+        ("{pool: p, target: t, turns: all}", "'data.turns' = 'all'"),
+        ("{pool: p, target: t, near_threshold: 1}", "'data.near_threshold' = 1"),
+    ],
+)
+def test_wrong_data_sections(tmp_path: Path, data: str, part: str) -> None:
+    assert part in message(tmp_path, f"model: {{path: m}}\ndata: {data}\n")
 
 
 def test_dump_holds_every_field(tmp_path: Path) -> None:
@@ -99,8 +134,8 @@ def test_overrides_win_and_are_typed(tmp_path: Path) -> None:
     assert config.model.lora is not None
     assert (config.warmup.epochs, config.model.lora.r, config.warmup.learning_rate) == (2, 4, 5e-5)
     assert config.pursuit.balance is False
-    assert config.data.pool == ["x.jsonl", "y.jsonl"]
-    assert config.data.target == ["z.jsonl"]
+    assert [source.path for source in config.data.pool] == ["x.jsonl", "y.jsonl"]
+    assert [source.path for source in config.data.target or []] == ["z.jsonl"]
     assert config.model.revision == "1234"
 
 
@@ -225,7 +260,7 @@ def test_a_list_of_names_may_be_a_text_with_commas(tmp_path: Path, key: str) -> 
         found: Any = load(tmp_path, MINIMAL, f"{key}={text}")
         for name in key.split("."):
             found = getattr(found, name)
-        return found
+        return [source.path for source in found] if key.startswith("data.") else found
 
     assert value("a_1, b.c") == value("[a_1, b.c]") == ["a_1", "b.c"]
     assert value("['a,b']") == ["a,b"]

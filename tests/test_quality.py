@@ -31,7 +31,7 @@ ORDER = {
             ("errors", "progress", "__init__"),
             ("tree",),
             ("config", "files"),
-            ("identity", "lock", "plugins"),
+            ("identity", "lock", "plugins", "hub", "sources"),
             ("live", "counting"),
             ("manifest",),
             ("data",),
@@ -47,7 +47,7 @@ ORDER = {
             ("stages",),
             ("targets",),
             ("pipeline",),
-            ("status", "console", "verify", "estimate"),
+            ("status", "console", "verify", "estimate", "opening"),
             ("quickstart",),
             ("cli",),
         )

@@ -185,7 +185,7 @@ def test_the_pool_is_its_own_target(in_domain: Job) -> None:
     assert set(made.selections()) == set(IN_DOMAIN)
     assert all(len(set(draws[0].indices.tolist())) == 5 for draws in made.selections().values())
     losses = {line.strategy: line.losses for line in made.lines()}
-    assert set(losses) == set(IN_DOMAIN)
+    assert set(losses) == {*IN_DOMAIN, "full"}
     rows = made.manifest.entry("selection")["detail"]["rows"]
     assert rows == {"pool": len(pool), "target": 0, "heldout": len(heldout)}
 

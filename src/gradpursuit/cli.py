@@ -61,26 +61,30 @@ def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit run config.yaml`."""
+    from gradpursuit.opening import read_config
+
     quiet_libraries()
-    _execute(arguments, _load(Path(arguments.config), overrides, arguments.run_dir), "report")
+    _execute(arguments, read_config(Path(arguments.config), overrides, arguments.run_dir), "report")
 
 
 def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
+    from gradpursuit.opening import named_config
+
     first, last, _ = STAGE_VERBS[arguments.name]
-    path = _config_file(arguments.run)
     if getattr(arguments, "targets", None):
         overrides = [*overrides, f"evaluation.targets={json.dumps(arguments.targets.split(','))}"]
     quiet_libraries()
-    _execute(arguments, _load(path, overrides, arguments.run_dir), last, first)
+    _execute(arguments, named_config(arguments.run, overrides, arguments.run_dir), last, first)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit report RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
 
-    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    made = Run(begun_config(arguments.run, overrides), quick=True)
     with at_work(made):
         page, data = made.report(full=arguments.full)
     done = Done(made.folder, [page, data], _view(page))
@@ -89,19 +93,40 @@ def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit status RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.status import read_status
 
-    found = read_status(Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True))
+    found = read_status(Run(begun_config(arguments.run, overrides), quick=True))
     print(found.to_json() if arguments.json else found)
+
+
+def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit inspect config.yaml`."""
+    from gradpursuit.data.inspection import inspect as look
+    from gradpursuit.opening import named_config
+    from gradpursuit.pipeline import Run
+
+    quiet_libraries()
+    made = Run(named_config(arguments.config, overrides, arguments.run_dir))
+    found = look(made.config.data, made.renderer(), arguments.n, made.config.evaluation.holdout, made.seed("holdout"))
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from gradpursuit.report.rows import print_inspection
+
+    print_inspection(found, Console())
 
 
 def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit estimate config.yaml`."""
     from gradpursuit.estimate import estimate as measure
+    from gradpursuit.opening import named_config
 
     quiet_libraries()
-    found = measure(_load(_config_file(arguments.config), overrides, arguments.run_dir))
+    found = measure(named_config(arguments.config, overrides, arguments.run_dir))
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -119,15 +144,16 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit verify RUN`."""
     from gradpursuit.lock import holder
+    from gradpursuit.opening import read_config, run_folder
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import check_line
     from gradpursuit.verify import verify as check
 
-    folder = _run_folder(arguments.run)
+    folder = run_folder(arguments.run)
     if owner := holder(folder):
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
-    found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
+    found = check(Run(read_config(folder / "config.yaml", overrides)), arguments.sample)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:
@@ -140,12 +166,14 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target add RUN --name N --file F`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
+    from gradpursuit.sources import located_path
     from gradpursuit.targets import TargetFiles, add_target
 
-    config = _load(_run_folder(arguments.run) / "config.yaml", overrides)
-    files = TargetFiles(tuple(map(_absolute, arguments.file)), tuple(map(_absolute, arguments.heldout)))
+    config = begun_config(arguments.run, overrides)
+    files = TargetFiles(tuple(map(located_path, arguments.file)), tuple(map(located_path, arguments.heldout)))
     quiet_libraries()
     made = Run(config)
     with at_work(made):
@@ -157,11 +185,12 @@ def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
 def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target list RUN`."""
+    from gradpursuit.opening import begun_config
     from gradpursuit.pipeline import Run
     from gradpursuit.status import target_lines
     from gradpursuit.targets import targets
 
-    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    made = Run(begun_config(arguments.run, overrides), quick=True)
     found = [target.describe() for target in targets(made)]
     if arguments.json:
         print(json.dumps(found, indent=2, ensure_ascii=False))
@@ -204,67 +233,12 @@ def _execute(
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
-def _config_file(name: str) -> Path:
-    """The configuration that is meant by a YAML file or a run folder.
-
-    Raises:
-        RunError: there is no such folder.
-    """
-    path = Path(name)
-    if not path.exists() and path.suffix not in (".yaml", ".yml"):
-        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
-    return path / "config.yaml" if path.is_dir() else path
-
-
-def _run_folder(name: str) -> Path:
-    """The folder of a run that was begun.
-
-    Raises:
-        RunError: it is none.
-    """
-    path = Path(name)
-    if path.is_file():
-        where = f"run_dir of the configuration, or runs/{path.stem}"
-        raise RunError(f"{path}: a file; give the run folder instead: {where}")
-    if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
-        from gradpursuit.lock import holder
-
-        if owner := holder(path):
-            raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
-        lacking = " and ".join(name for name in ("config.yaml", "manifest.json") if not (path / name).is_file())
-        what = "no such folder" if not path.exists() else f"not a run folder, or a damaged one: it holds no {lacking}"
-        raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
-    return path
-
-
-def _load(path: Path, overrides: list[str], run_dir: str | None = None) -> RunConfig:
-    """Read a configuration; paths become absolute, so that a saved one can be replayed from anywhere.
-
-    The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
-    names another.
-    """
-    from gradpursuit.config import load_config
-
-    if run_dir is None and (path.parent / "manifest.json").is_file():
-        run_dir = str(path.parent)
-    if run_dir is not None:
-        overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for
-    config = load_config(path, overrides)
-    data, model = config.data, Path(config.model.path).expanduser()
-    files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
-    absolute = {name: None if paths is None else list(map(_absolute, paths)) for name, paths in files.items()}
-    return config.model_copy(
-        update={
-            "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
-            "data": data.model_copy(update=absolute),
-            "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
-            "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
-        }
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+def _count(text: str) -> int:
+    """A flag's number of things."""
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -291,6 +265,12 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb = verbs.add_parser("status", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.set_defaults(verb=status)
+    text = "show rows as the model sees them, and what is dropped and why"
+    verb = verbs.add_parser("inspect", help=text, description=f"{text}; loads no model weights", epilog=OVERRIDES)
+    verb.add_argument("config", help="the configuration, a YAML file, or a run folder")
+    verb.add_argument("--n", type=_count, default=5, help="rows of pool and target to show (default: %(default)s)")
+    _add_run_dir(verb)
+    verb.set_defaults(verb=inspect)
     text = "write report.html and report.json of a run as it is now"
     verb = verbs.add_parser("report", help=text, description=f"{text}; what is missing is said there", epilog=OVERRIDES)
     verb.add_argument("run", metavar="RUN", help="a run folder")
@@ -329,13 +309,15 @@ def _add_target_verbs(parser: argparse.ArgumentParser) -> None:
     verb = verbs.add_parser("add", help=text, description=text)
     verb.add_argument("run", metavar="RUN", help="a run folder whose gradients are collected")
     verb.add_argument("--name", required=True, help="what selection.target is to call it")
-    verb.add_argument("--file", required=True, action="append", help="a JSONL file of target examples; may be repeated")
+    verb.add_argument(
+        "--file", required=True, action="append", help="a file, glob or hub id of target examples; may be repeated"
+    )
     verb.add_argument(
         "--heldout",
         default=[],
         action="append",
         metavar="FILE",
-        help="a JSONL file of examples for scoring only; may be repeated (default: split off from the target)",
+        help="examples for scoring only; may be repeated (default: split off from the target)",
     )
     verb.add_argument("--replace", action="store_true", help="replace a target of that name that has other content")
     verb.set_defaults(verb=target_add)

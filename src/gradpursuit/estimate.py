@@ -20,8 +20,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from gradpursuit.comparison_stage import compared, target_names
-from gradpursuit.config import DataSection, RunConfig
-from gradpursuit.data import Renderer, Row, Table, prepare
+from gradpursuit.config import RunConfig
+from gradpursuit.data import Row, Table, draw, prepare
 from gradpursuit.evaluation.scoring import Scorer
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
@@ -143,50 +143,17 @@ def estimate(config: RunConfig) -> Estimate:
 
 
 def _sample(run: Run) -> Sample:
-    """Up to 1,024 rows of the pool, drawn at random from all its files, and the whole target."""
+    """Up to 1,024 rows of the pool, drawn at random from all its sources, and the whole target."""
     config = run.config
-    files = [(path, _line_count(path)) for path in config.data.pool]
-    total = sum(count for _, count in files)
-    with tempfile.TemporaryDirectory() as folder:
-        data, scale = config.data, 1.0
-        if total > SAMPLE:
-            chosen = set(np.random.default_rng(0).permutation(total)[:SAMPLE].tolist())
-            data, scale = _drawn(data, chosen, Path(folder)), total / SAMPLE
+    with tempfile.TemporaryDirectory() as scratch:
+        drawn, scale = draw(config.data.pool, SAMPLE, Path(scratch))
+        data, folder = config.data.model_copy(update={"pool": drawn}), Path(scratch) / "data"
         start = time.monotonic()
-        renderer = Renderer(load_tokenizer(config.model))
-        prepare(data, renderer, Path(folder), config.evaluation.holdout, run.seed("holdout"))
+        prepare(data, run.renderer(), folder, config.evaluation.holdout, run.seed("holdout"))
         seconds = (time.monotonic() - start) * scale
-        pool, target, heldout = (Table.read(Path(folder) / f"{n}.parquet") for n in ("pool", "target", "heldout"))
+        splits = (Table.read(folder / f"{name}.parquet") for name in ("pool", "target", "heldout"))
+        pool, target, heldout = (Table(list(split)) for split in splits)
     return Sample(pool, target, heldout, scale, seconds)
-
-
-def _line_count(path: str) -> int:
-    from gradpursuit.errors import DataError
-
-    try:
-        with Path(path).open("rb") as file:
-            return sum(1 for line in file if line.strip())
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _drawn(data: DataSection, chosen: set[int], folder: Path) -> DataSection:
-    """The data with the chosen lines of the pool only, counted over all its files."""
-    paths: list[str] = []
-    number = 0
-    for path in data.pool:
-        lines: list[bytes] = []
-        with Path(path).open("rb") as file:
-            for line in filter(bytes.strip, file):
-                if number in chosen:
-                    lines.append(line if line.endswith(b"\n") else line + b"\n")
-                number += 1
-        if lines:
-            copy = folder / str(len(paths)) / Path(path).name
-            copy.parent.mkdir()
-            copy.write_bytes(b"".join(lines))
-            paths.append(str(copy))
-    return data.model_copy(update={"pool": paths})
 
 
 def _row_bytes(row: Row) -> int:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -141,28 +141,6 @@ def stamp_of(path: str) -> list[int]:
     except OSError:
         return []
     return [found.st_size, found.st_mtime_ns]
-
-
-def known_hashes(
-    paths: Sequence[str], known: Mapping[str, str], stamps: Mapping[str, list[int]] | None = None
-) -> dict[str, str]:
-    """sha256 of every file; a `known` one is taken if the file is gone, or is what its stamp says.
-
-    Raises:
-        RunError: a file cannot be read, and what was in it is not known.
-    """
-    stamps = stamps or {}
-
-    def is_known(path: str) -> bool:
-        return path in known and stamp_of(path) in ([], stamps.get(path))
-
-    return {path: known[path] if is_known(path) else sha256_of(Path(path)) for path in paths}
-
-
-def gone_note(paths: Iterable[str]) -> str:
-    """What there is to say of files that are not there any more, though what was made of them is."""
-    gone = [path for path in paths if not stamp_of(path)]
-    return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

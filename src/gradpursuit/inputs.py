@@ -10,10 +10,11 @@ from functools import cached_property
 from pathlib import Path
 
 from gradpursuit.config import RunConfig
-from gradpursuit.files import gone_note, known_hashes, stamp_of
 from gradpursuit.manifest import Manifest
+from gradpursuit.sources import content_hashes, gone_note, missing_note, stamp
 
 logger = logging.getLogger("gradpursuit")
+SPLITS = ("pool", "target", "heldout")
 
 
 class Inputs:
@@ -27,14 +28,13 @@ class Inputs:
     """
 
     def __init__(self, config: RunConfig, folder: Path, manifest: Manifest, *, quick: bool = False) -> None:
-        data = config.data
-        self.files = [*data.pool, *(data.target or []), *data.heldout]
+        self.sources = {name: getattr(config.data, name) or [] for name in SPLITS}
         self.trajectory = config.warmup.trajectory
         self._folder, self._manifest, self._quick = folder, manifest, quick
 
     @cached_property
-    def hashes(self) -> dict[str, str]:
-        """sha256 of every input file.
+    def hashes(self) -> dict[str, dict[str, str]]:
+        """sha256 of every input file, by split and path.
 
         That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
         of the same size and time.
@@ -44,19 +44,25 @@ class Inputs:
         """
         known = self._manifest.entry("data").get("detail", {})
         stamps = known.get("stamps", {}) if self._quick else {}
-        found = known_hashes(self.files, known.get("inputs", {}), stamps)
-        self._tell(self.files)
+        found = content_hashes(self.sources, known.get("inputs", {}), stamps)
+        self._tell(gone_note(found))
         return found
+
+    def note(self, stage: str) -> str:
+        """What there is to say of what is gone of the inputs of the stage."""
+        if stage == "data":
+            return gone_note(self.hashes)
+        return missing_note(self.trajectory) if stage == "trajectory" else ""
 
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of every input file, which tell a quick look that it is still the same."""
-        return {path: stamp_of(path) for path in self.files}
+        return {path: stamp(path) for hashes in self.hashes.values() for path in hashes}
 
     @cached_property
     def trajectory_is_gone(self) -> bool:
         """Whether the trajectory that was given is not there any more, but what was made of it is."""
         detail = self._manifest.entry("trajectory").get("detail", {})
-        return detail.get("given", []) == self.trajectory and self._tell(self.trajectory)
+        return detail.get("given", []) == self.trajectory and self._tell(missing_note(self.trajectory))
 
     @cached_property
     def trajectory_hashes(self) -> dict[str, str]:
@@ -79,9 +85,8 @@ class Inputs:
 
         return checkpoint_folders(self.trajectory)
 
-    def _tell(self, paths: list[str]) -> bool:
-        """Whether some are gone; a quick look tells it elsewhere."""
-        note = gone_note(paths)
+    def _tell(self, note: str) -> bool:
+        """Whether there is anything to say; a quick look says it elsewhere."""
         if note and not self._quick:
             logger.info("note: %s", note)
         return bool(note)

@@ -21,7 +21,7 @@ from gradpursuit.inputs import Inputs
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
-from gradpursuit.plugins import distribution, registered
+from gradpursuit.plugins import used_distributions
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target, targets
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedModel
 
-    from gradpursuit.data import Table
+    from gradpursuit.data import Renderer, Table
     from gradpursuit.evaluation.findings import Line
     from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
@@ -203,7 +203,8 @@ class Run:
             section, _, key = setting.partition(".")
             value[setting] = config[section][key] if key else config[section]
         if stage.name == "data":
-            value["inputs"] = list(self.inputs.hashes.values())
+            value["inputs"] = {name: list(hashes.values()) for name, hashes in self.inputs.hashes.items()}
+            value["sources"] = {name: [source.options for source in made] for name, made in self.inputs.sources.items()}
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.inputs.trajectory_hashes
@@ -212,18 +213,11 @@ class Run:
         if stage.name == "gradients":
             value["features"] = feature_requests(self.config.selection)
         if stage.name == "selection":
-            value["plugins"] = self._plugins()
+            value["plugins"] = used_distributions(self.config.selection)
             value["target"] = self.target.fingerprint() if self.target else None
         if stage.name == "evaluation":
             value["targets"] = targets_fingerprint(self)
         return digest_of(value)
-
-    def _plugins(self) -> list[str]:
-        """Name and version of the distributions whose strategies may be used."""
-        selection = self.config.selection
-        selectors = {str(options.get("selector", "")) for options in selection.options.values()}
-        used = selectors.union(selection.strategies)
-        return sorted({distribution(point) for name, same in registered().items() if name in used for point in same})
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
@@ -240,7 +234,7 @@ class Run:
         """The same run, choosing for another of its targets (None: its own); what was loaded is shared."""
         selection = self.config.selection.model_copy(update={"target": name})
         other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
-        shared = ("model_identity", "input_hashes", "trajectory_hashes", "compute", "base")
+        shared = ("model_identity", "inputs", "compute", "base")
         vars(other).update({key: value for key, value in vars(self).items() if key in shared})
         return other
 
@@ -259,13 +253,11 @@ class Run:
         """Positions of the pool rows that may be chosen: all, but those that repeat a row of an added target."""
         import numpy as np
 
-        from gradpursuit.data import leaks
+        from gradpursuit.data import left_out
 
-        pool = self.table("pool")
-        left_out: list[int] = []
-        if self.target:
-            left_out = leaks(pool, self.target_table("target"), self.target_table("heldout"))
-        return np.delete(np.arange(len(pool)), left_out)
+        ids = self.table("pool").ids
+        ruled_out = left_out(self.target_folder / "data") if self.target else set()
+        return np.array([i for i, name in enumerate(ids) if name not in ruled_out], dtype=np.int64)
 
     @cached_property
     def compute(self) -> Compute:
@@ -295,6 +287,14 @@ class Run:
         from gradpursuit.selection import Settings
 
         return Settings(self.config.gradients, self.config.pursuit, self.config.selection.options)
+
+    def renderer(self) -> Renderer:
+        """Renders rows as the model's tokenizer does, supervised as the configuration says."""
+        from gradpursuit.data import Renderer
+        from gradpursuit.trajectory.model import load_tokenizer
+
+        data = self.config.data
+        return Renderer(load_tokenizer(self.config.model), data.turns, data.chat_template_kwargs)
 
     def strategies(self) -> list[Strategy]:
         """The configured strategies."""

@@ -35,11 +35,11 @@ class Progress:
     """Counts finished units of `what` and logs a line at most every `interval` seconds.
 
     Use as a context manager; leaving it without an error logs the total time and the mean rate.
-    `done` counts the units that an earlier, interrupted run had finished: they do not enter the rate. `ended` tells
-    listeners that no more is to come.
+    `done` counts the units that an earlier, interrupted run had finished: they do not enter the rate. A `total` of None
+    is one that nobody knows before the end. `ended` tells listeners that no more is to come.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "rows", done: int = 0, interval: float = 2.0) -> None:
+    def __init__(self, what: str, total: int | None, unit: str = "rows", done: int = 0, interval: float = 2.0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
         self.ended = False
         self._interval = interval
@@ -70,25 +70,20 @@ class Progress:
         now = time.monotonic()
         if now - self._shown >= 1:
             self._show()
-        if now - self._last >= self._interval and self.done < self.total:
+        if now - self._last >= self._interval and (self.total is None or self.done < self.total):
             self._last = now
-            rate = self.rate
-            left = clock((self.total - self.done) / rate) if rate > 0 else "?"
-            logger.info(
-                "%s: %d/%d %s, %s, %s left",
-                self.what,
-                self.done,
-                self.total,
-                self.unit,
-                self._rate_text(),
-                left,
-                extra={"progress": True},
-            )
+            logger.info("%s: %s", self.what, self._text(), extra={"progress": True})
 
     def _show(self) -> None:
         self._shown = time.monotonic()
         for listener in _listeners.get():
             listener(self)
+
+    def _text(self) -> str:
+        if self.total is None:
+            return f"{self.done} {self.unit}, {self._rate_text()}"
+        left = clock((self.total - self.done) / self.rate) if self.rate > 0 else "?"
+        return f"{self.done}/{self.total} {self.unit}, {self._rate_text()}, {left} left"
 
     def _rate_text(self) -> str:
         return f"{self.rate:.3g} {self.unit}/s"

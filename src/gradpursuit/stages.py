@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.comparison_stage import check_comparison, compare
+from gradpursuit.config import DataSection
 from gradpursuit.errors import DataError, SelectionError
-from gradpursuit.files import gone_note, require_space
+from gradpursuit.files import require_space
 from gradpursuit.gradient_stage import (
     choosable,
     collect_gradients,
@@ -61,13 +62,11 @@ class Stage:
 
 
 def _data(run: Run) -> dict[str, Any]:
-    from gradpursuit.data import Renderer, prepare
+    from gradpursuit.data import prepare
     from gradpursuit.selection.export import refuse_reserved_columns
-    from gradpursuit.trajectory.model import load_tokenizer
 
     config = run.config
-    renderer = Renderer(load_tokenizer(config.model))
-    counts = prepare(config.data, renderer, run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
+    counts = prepare(config.data, run.renderer(), run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
     return {**counts, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
@@ -75,7 +74,7 @@ def _data(run: Run) -> dict[str, Any]:
 
 def _check_inputs(run: Run) -> None:
     """The files to clean must be there, even if it is known what was in them."""
-    if note := gone_note(run.inputs.files):
+    if note := run.inputs.note("data"):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
             "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
@@ -212,6 +211,10 @@ def _report(run: Run) -> dict[str, Any]:
     return {}
 
 
+DATA = (
+    *(f"data.{name}" for name in DataSection.model_fields if name not in ("pool", "target", "heldout")),
+    "evaluation.holdout",
+)
 EACH = "selection/{strategy}/selected.jsonl"
 STAGES = (
     Stage(
@@ -219,7 +222,7 @@ STAGES = (
         "warmup",
         ("data",),
         (),
-        ("data.max_tokens", "data.max_dropped", "evaluation.holdout"),
+        DATA,
         _data,
         check=_check_inputs,
     ),

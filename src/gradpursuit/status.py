@@ -15,7 +15,6 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.errors import GradPursuitError
-from gradpursuit.files import gone_note
 from gradpursuit.gradient_stage import gradient_rows
 from gradpursuit.live import read_progress
 from gradpursuit.lock import Owner, holder
@@ -102,8 +101,7 @@ def read_status(run: Run) -> RunStatus:
                 note = str(error)
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed
-        inputs = {"data": run.inputs.files, "trajectory": run.inputs.trajectory}.get(stage.name, [])
-        told = note if note != earlier else "" if note else gone_note(inputs)
+        told = note if note != earlier else "" if note else run.inputs.note(stage.name)
         stages.append(_stage(run, stage.name, state, entry, owner, told))
     return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
 
@@ -230,7 +228,7 @@ def _line(stage: StageStatus) -> tuple[str, ...]:
 def _now(now: dict[str, Any]) -> str:
     age = time.time() - now["updated"]
     told = f", told {clock(age)} ago" if age > 10 else ""
-    return f"{now['what']}: {now['done']}/{now['total']} {now['unit']}, {now['rate']:.3g} {now['unit']}/s{told}"
+    return f"{now['what']}: {now['done']}/{now['total'] or '?'} {now['unit']}, {now['rate']:.3g} {now['unit']}/s{told}"
 
 
 def target_lines(found: Sequence[dict[str, Any]]) -> list[str]:

@@ -19,10 +19,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.config import target_name
+from gradpursuit.config import SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
-from gradpursuit.files import gone_note, known_hashes, read_json
+from gradpursuit.files import read_json
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.sources import content_hashes, gone_note
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -48,10 +49,15 @@ class TargetFiles:
         Raises:
             RunError: a file cannot be read, and it is not known what was in it.
         """
-        found = {name: known_hashes(getattr(self, name), self.known.get(name, {})) for name in ("target", "heldout")}
-        if note := gone_note(path for hashes in found.values() for path in hashes):
+        sources = {name: _sources(getattr(self, name)) for name in ("target", "heldout")}
+        found = content_hashes(sources, self.known)
+        if note := gone_note(found):
             logger.info("note: %s", note)
         return found
+
+
+def _sources(paths: Sequence[str]) -> list[SourceSection]:
+    return [SourceSection(path=path) for path in paths]
 
 
 class Target:
@@ -236,13 +242,11 @@ def _make(run: Run, target: Target, files: TargetFiles) -> None:
 
 
 def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
-    from gradpursuit.data import Renderer, prepare_target
+    from gradpursuit.data import prepare_target
     from gradpursuit.files import write_folder
-    from gradpursuit.trajectory.model import load_tokenizer
 
-    config = run.config
-    renderer = Renderer(load_tokenizer(config.model))
-    chosen = config.data.model_copy(update={"target": list(files.target), "heldout": list(files.heldout)})
+    config, renderer = run.config, run.renderer()
+    chosen = config.data.model_copy(update={"target": _sources(files.target), "heldout": _sources(files.heldout)})
     new = not target.folder.exists()
     try:
         with write_folder(target.folder / "data") as folder:
@@ -265,15 +269,12 @@ def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> di
 
 def _trained_on(run: Run, target: Target) -> int:
     """Rows left out of the pool for this target that the warm-up had trained on."""
-    from gradpursuit.data import Table, leaks
+    from gradpursuit.data import left_out
 
-    pool = run.table("pool")
-    splits = [Table.read(target.folder / "data" / f"{name}.parquet") for name in ("target", "heldout")]
     slice_ = run.folder / "trajectory" / "slice.json"
     if not slice_.is_file():  # the trajectory was given: what it was trained on is not known
         return 0
-    trained = set(read_json(slice_)["ids"])
-    return sum(pool[i].id in trained for i in leaks(pool, *splits))
+    return len(set(read_json(slice_)["ids"]) & left_out(target.folder / "data"))
 
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def run(
     tmp_path: Path,
     renderer: Renderer,
     pool: list[Any],
-    target: list[Any],
+    target: list[Any] | None,
     heldout: list[Any] | None = None,
     **more: Any,
 ) -> tuple[dict[str, Any], dict[str, Table], list[dict[str, Any]]]:
@@ -49,7 +49,7 @@ def run(
     seed = more.pop("seed", 0)
     config = DataSection(
         pool=[lines(tmp_path / "pool.jsonl", *pool)],
-        target=[lines(tmp_path / "target.jsonl", *target)],
+        target=target and [lines(tmp_path / "target.jsonl", *target)],
         heldout=[lines(tmp_path / "heldout.jsonl", *heldout)] if heldout else [],
         **more,
     )
@@ -68,8 +68,12 @@ def test_counts_tables_and_originals(tmp_path: Path, renderer: Renderer) -> None
         pair(" p2 "),
         *pairs("p", 3),
     ]
-    counts, tables, dropped = run(tmp_path, renderer, pool, pairs("t", 10), pairs("h", 4))
-    assert counts == {"rows": {"pool": 6, "target": 10, "heldout": 4}, "dropped": {}, "distinct": 5}
+    counts, tables, dropped = run(tmp_path, renderer, pool, pairs("t", 10), pairs("h", 4), deduplicate="none")
+    name = str(tmp_path / "pool.jsonl")
+    assert counts["rows"] == {"pool": 6, "target": 10, "heldout": 4}
+    assert (counts["dropped"], counts["distinct"], counts["leaks_kept"]) == ({}, 5, 0)
+    assert counts["schemas"]["pool"] == {name: {"prompt/completion": 6}}
+    assert counts["masks"] == "the chat template rendered turn by turn"
     assert dropped == []
     source = (tmp_path / "pool.jsonl").read_text().splitlines()
     assert [row.original for row in tables["pool"]] == source  # byte for byte
@@ -105,7 +109,7 @@ def test_rows_of_exactly_max_tokens_stay_whole(tmp_path: Path, renderer: Rendere
     length = len(renderer([{"role": "user", "content": "p0"}, {"role": "assistant", "content": "answer 0"}]).input_ids)
     _, tables, _ = run(tmp_path, renderer, pairs("p", 3), pairs("t", 3), max_tokens=length)
     assert {len(row.input_ids) for row in tables["pool"]} == {length}
-    with pytest.raises(DataError, match=r"3 of 3 rows of the pool cannot be used \(3 × longer than max_tokens"):
+    with pytest.raises(DataError, match=r"3 of 3 rows of the target cannot be used \(3 × longer than max_tokens"):
         run(tmp_path, renderer, pairs("p", 3), pairs("t", 3), max_tokens=length - 1)
 
 
@@ -149,6 +153,26 @@ def test_split_depends_on_the_seed_and_on_content_not_on_order(tmp_path: Path, r
     assert heldout(rows, 0) == heldout(rows[::-1], 0)
     assert heldout(rows, 0) != heldout(rows, 1)
     assert len(heldout(rows, 0)) == 6
+
+
+def test_a_pool_that_is_its_own_target(tmp_path: Path, renderer: Renderer) -> None:
+    rows = [pair(f"p{i % 10}", f"answer {i % 10}", id=f"p-{i}") for i in range(20)]
+    counts, tables, dropped = run(tmp_path, renderer, rows, None, deduplicate="none")
+    assert counts["rows"] == {name: len(table) for name, table in tables.items()}
+    assert counts["rows"] == {"pool": 14, "target": 0, "heldout": 6}
+    sides = {name: {row.hash for row in tables[name]} for name in ("pool", "heldout")}
+    assert not sides["pool"] & sides["heldout"], "copies stay together"
+    assert sorted([*tables["pool"].ids, *tables["heldout"].ids]) == sorted(row["id"] for row in rows)
+    assert (dropped, counts["distinct"]) == ([], 7)
+    counts, tables, dropped = run(tmp_path, renderer, rows, None)
+    assert counts["rows"] == {"pool": 7, "target": 0, "heldout": 3}
+    assert {row.hash for row in tables["heldout"]} == sides["heldout"], "removed copies change nothing"
+    assert counts["dropped"] == {"pool: duplicate": 10}
+    counts, tables, dropped = run(tmp_path, renderer, rows[:10], None, [rows[3], pair("other")])
+    assert counts["rows"] == {"pool": 9, "target": 0, "heldout": 2}
+    assert [(d["id"], d["reason"]) for d in dropped] == [("p-3", "same content as a row of target or heldout")]
+    with pytest.raises(DataError, match="the pool holds 1 distinct rows"):
+        run(tmp_path, renderer, rows[:1], None)
 
 
 def test_target_too_small_to_split(tmp_path: Path, renderer: Renderer) -> None:

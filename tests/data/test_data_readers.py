@@ -1,4 +1,4 @@
-"""Reading JSON Lines: schemas, identity, and a message with file and line for everything else."""
+"""Reading examples: identity, JSON Lines, and a message with file and line for everything that is no example."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from gradpursuit.data import Example, read_examples
+from gradpursuit.config import SourceSection
+from gradpursuit.data import Example
+from gradpursuit.data import read_examples as read_inputs
+from gradpursuit.data.readers import content_hash
 from gradpursuit.errors import DataError
+from gradpursuit.sources import expand
+
+
+def read_examples(paths: list[str]) -> list[Example]:
+    return list(read_inputs(expand([SourceSection(path=path) for path in paths])))
 
 
 def write(tmp_path: Path, *rows: Any, name: str = "a.jsonl") -> str:
@@ -36,10 +44,10 @@ def refused(path: str) -> str:
 def test_schemas_are_one_conversation(tmp_path: Path) -> None:
     lists = {"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant", "content": "a"}]}
     examples = read_examples([write(tmp_path, pair(), lists, chat(("user", "q"), ("assistant", "a")))])
-    assert [e.messages for e in examples] == [
+    assert [e.conversation.messages for e in examples] == [
         ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
     ] * 3
-    assert len({e.hash for e in examples}) == 1
+    assert len({content_hash(e.conversation) for e in examples}) == 1
     assert [(e.source[-7:], e.line) for e in examples] == [("a.jsonl", n) for n in (1, 2, 3)]
 
 
@@ -70,20 +78,20 @@ def test_ids_do_not_depend_on_place_or_columns(tmp_path: Path) -> None:
 
 def test_content_hash_folds_white_space_alone(tmp_path: Path) -> None:
     def digest(prompt: str, completion: str = "a") -> str:
-        return read_examples([write(tmp_path, pair(prompt, completion))])[0].hash
+        return content_hash(read_examples([write(tmp_path, pair(prompt, completion))])[0].conversation)
 
     assert digest("a b") == digest(" a \n\t b ")
     assert digest("a b") != digest("ab")
     assert digest("a b") != digest("A b")
     assert digest("x", "y") != digest("xy", "")
-    system = read_examples([write(tmp_path, chat(("system", "x"), ("assistant", "y")))])[0].hash
+    system = content_hash(read_examples([write(tmp_path, chat(("system", "x"), ("assistant", "y")))])[0].conversation)
     assert system != digest("x", "y")
 
 
 def test_several_files_in_order(tmp_path: Path) -> None:
     paths = [write(tmp_path, pair("b"), name="b.jsonl"), write(tmp_path, pair("a"), pair("b"), name="a.jsonl")]
     examples = read_examples(paths)
-    assert [e.messages[0]["content"] for e in examples] == ["b", "a", "b"]
+    assert [e.conversation.messages[0]["content"] for e in examples] == ["b", "a", "b"]
     assert examples[2].id == f"{examples[0].id}-2"
     assert [e.source for e in examples] == [paths[0], paths[1], paths[1]]
 
@@ -103,7 +111,7 @@ def test_several_files_in_order(tmp_path: Path) -> None:
 def test_forms_of_lines(tmp_path: Path, content: bytes) -> None:
     (example,) = read_examples([write(tmp_path, content)])
     assert isinstance(example, Example)
-    assert example.messages[0]["content"] == "q"
+    assert example.conversation.messages[0]["content"] == "q"
 
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
@@ -114,17 +122,20 @@ def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
 def test_line_separators_inside_text(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\rd"
     path = write(tmp_path, json.dumps(pair(text), ensure_ascii=False).encode() + b"\n", pair("z"))
-    assert [e.messages[0]["content"] for e in read_examples([path])] == [text, "z"]
+    assert [e.conversation.messages[0]["content"] for e in read_examples([path])] == [text, "z"]
 
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "none.jsonl: cannot be read: No such file or directory" in refused(str(tmp_path / "none.jsonl"))
-    assert "cannot be read: Is a directory" in refused(str(tmp_path))
+    message = refused(str(tmp_path))
+    assert "a folder, but not one that datasets.save_to_disk wrote; name the files in it, as in" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_empty_file(tmp_path: Path, content: bytes) -> None:
-    assert "holds no examples; expected one JSON object a line with 'messages', or" in refused(write(tmp_path, content))
+    assert "holds no examples; expected rows with 'messages', 'prompt' and 'completion'" in refused(
+        write(tmp_path, content)
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,18 +149,20 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b"null", "expected a JSON object, found NoneType"),
         (b'{"prompt": "caf\xe9", "completion": "a"}', "not UTF-8"),
         (b"\xff\xfe{\x00}\x00", "not UTF-8"),
-        (b'{"text": "x", "label": 1}', "columns found: 'text', 'label'; expected 'messages', or 'prompt' and 'comp"),
+        (b'{"body": "x", "label": 1}', "columns found: 'body', 'label'; expected 'messages', 'prompt' and 'c"),
+        (b'{"body": "x"}', "name the columns in data.columns, as in {prompt: question, completion: answer}"),
+        (b'{"text": 5}', "'text' is int; expected text"),
         (b"{}", "columns found: none; expected"),
         (b'{"prompt": "q"}', "columns found: 'prompt'; expected"),
         (b'{"prompt": "q", "completion": 5}', "'prompt' is str and 'completion' is int; expected two strings or"),
-        (b'{"prompt": "q", "completion": null}', "'completion' is NoneType"),
+        (b'{"prompt": "q", "completion": null}', "columns found: 'prompt', 'completion'; expected"),
         (b'{"prompt": [], "completion": []}', "'prompt': expected a list of"),
         (b'{"messages": "hi"}', "'messages': expected a list of"),
         (b'{"messages": []}', "'messages': expected a list of"),
         (b'{"messages": ["hi"]}', "'messages'[0]: expected 'role' and a text 'content', found 'hi'"),
         (b'{"messages": [{"role": "user"}]}', "'messages'[0]: expected 'role' and a text 'content'"),
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "'messages'[0]: expected 'role' and"),
-        (b'{"messages": [{"content": "x"}]}', "'messages'[0]: role None is not one of system, user, assistant, tool"),
+        (b'{"messages": [{"content": "x"}]}', "'messages'[0]: role None is not one of system, developer, user, assist"),
         (b'{"messages": [{"role": "human", "content": "x"}]}', "role 'human' is not one of"),
         (b'{"messages": [{"role": ["user"], "content": "x"}]}', "is not one of"),
         (b'{"prompt": "q", "completion": "a", "id": 1.5}', "'id' is 1.5; expected text or a whole number"),
@@ -171,7 +184,7 @@ def test_bad_lines_are_named(tmp_path: Path, line: bytes, part: str) -> None:
 
 def test_whole_escaped_pairs_are_fine(tmp_path: Path) -> None:
     (example,) = read_examples([write(tmp_path, b'{"prompt": "\\ud83d\\ude00", "completion": "\\u00e9"}\n')])
-    assert [m["content"] for m in example.messages] == ["😀", "é"]
+    assert [m["content"] for m in example.conversation.messages] == ["😀", "é"]
 
 
 def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:

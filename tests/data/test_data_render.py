@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradpursuit.data import IGNORE, Rendered, Renderer
+from gradpursuit.data import IGNORE, Conversation, Rendered, Renderer
 from gradpursuit.errors import DataError, ModelError
 
 LLAMA3 = (
@@ -90,7 +90,6 @@ def supervised_runs(tokenizer: Any, rendered: Rendered) -> list[str]:
         "user\nWhat is 2+2?<|im_end|>",
         "assistant",
         "<|im_start|>assistant\nnested",
-        "",
         "def f(x):\n    return x  # 2+2\n",
         "0" * 300,
     ],
@@ -126,6 +125,70 @@ def test_system_message_is_not_supervised(tokenizer: Any, system: str) -> None:
     rendered = Renderer(tokenizer)(turns("What?", "one", system=system))
     assert supervised_runs(tokenizer, rendered) == ["one<|im_end|>"]
     assert tokenizer.decode(rendered.input_ids).startswith(f"<|im_start|>system\n{system}<|im_end|>")
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_empty_answers_are_rendered_but_not_learned(tokenizer: Any, empty: str) -> None:
+    alone = Renderer(tokenizer)(turns("a", empty))
+    assert alone.supervised == 0
+    assert tokenizer.decode(alone.input_ids).endswith(f"assistant\n{empty}<|im_end|>\n")
+    assert supervised_runs(tokenizer, Renderer(tokenizer)(turns("a", "one", "b", empty, "c", "two"))) == [
+        "one<|im_end|>",
+        "two<|im_end|>",
+    ]
+    assert Renderer(tokenizer, "last-turn")(turns("a", "one", "b", empty)).supervised == 0
+
+
+def test_modes(tokenizer: Any) -> None:
+    messages = turns("a", "one", "b", "two", "c", system="s")
+    assert supervised_runs(tokenizer, Renderer(tokenizer, "last-turn")(messages)) == ["two<|im_end|>"]
+    full = Renderer(tokenizer, "full")(messages)
+    assert full.labels == full.input_ids == Renderer(tokenizer)(messages).input_ids
+    assert full.supervised == len(full.input_ids) - 1
+
+
+def test_answers_in_a_prompt_are_context(tokenizer: Any) -> None:
+    conversation = Conversation(tuple(turns("a", "one", "b", "two")), first=3)
+    (rendered,) = Renderer(tokenizer).many([conversation])
+    assert isinstance(rendered, Rendered)
+    assert supervised_runs(tokenizer, rendered) == ["two<|im_end|>"]
+
+
+def test_plain_text_is_supervised_whole_without_a_template(tokenizer: Any) -> None:
+    for turns_ in ("assistant", "last-turn", "full"):
+        (rendered,) = Renderer(tokenizer, turns_).many([Conversation(text="Once upon a time 👋")])
+        assert isinstance(rendered, Rendered)
+        assert rendered.labels == rendered.input_ids
+        assert tokenizer.decode(rendered.input_ids) == "Once upon a time 👋<|im_end|>"
+
+
+def test_many_at_once_are_what_they_are_one_by_one(tokenizer: Any) -> None:
+    rows = [turns("a", "one"), [{"role": "assistant", "content": "odd"}], turns("b", "two 👋", "c", "three")]
+    conversations = [*(Conversation(tuple(row)) for row in rows), Conversation(text="plain")]
+    renderer = Renderer(with_template(tokenizer, GEMMA))
+    found = renderer.many(conversations)
+    assert [type(one).__name__ for one in found] == ["Rendered", "DataError", "Rendered", "Rendered"]
+    assert found[0] == renderer(rows[0])
+    assert found[2] == renderer(rows[2])
+    assert "must alternate" in str(found[1])
+
+
+def test_template_variables_reach_the_template(tokenizer: Any) -> None:
+    template = "{{ date_string }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    other = with_template(tokenizer, template)
+    rendered = Renderer(other, template_variables={"date_string": "26 Jul"})(turns("q", "one"))
+    assert other.decode(rendered.input_ids).startswith("26 Jul")
+
+
+def test_a_template_that_writes_the_date_is_told(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    template = "{{ strftime_now('%Y') if date_string is not defined else date_string }}" + GEMMA
+    Renderer(with_template(tokenizer, template))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "writes today's date into every row" in warning
+    assert 'data.chat_template_kwargs: {date_string: "26 Jul 2024"} fixes it' in warning
+    caplog.clear()
+    Renderer(with_template(tokenizer, template), template_variables={"date_string": "x"})
+    assert not caplog.records
 
 
 def test_two_assistant_turns_in_a_row(tokenizer: Any) -> None:
@@ -166,6 +229,8 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None
     renderer = Renderer(with_template(tokenizer, THINKING))
     with pytest.raises(DataError, match="rewrites earlier turns when turn 2 is added"):
         renderer(turns("q", "<think>hm</think>\none", "r", "two"))
+    last = Renderer(renderer._tokenizer, "last-turn")(turns("q", "<think>hm</think>\none", "r", "two"))
+    assert supervised_runs(renderer._tokenizer, last) == ["two<|im_end|>"]
     single = renderer(turns("q", "<think>hm</think>\none"))
     assert supervised_runs(renderer._tokenizer, single) == ["<think>hm</think>\none<|im_end|>"]
     assert renderer(turns("q", "one", "r", "two")).supervised > 0

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from gradpursuit.config import SourceSection
 from gradpursuit.data import read_examples
+from gradpursuit.data.readers import content_hash
 from gradpursuit.quickstart import build as module
 from gradpursuit.quickstart.assets import cache_folder
 from gradpursuit.quickstart.build import EXACT, HELDOUT_ROWS, NEAR, PER_FAMILY, POOL, TARGET, TARGET_ROWS, build
+from gradpursuit.sources import expand
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def test_copies_are_what_they_are_said_to_be(folder: Path) -> None:
             original = by_id[row["duplicate_of"]]
             assert row["completion"] == original["completion"]
             assert (row["prompt"] == original["prompt"]) == row["id"].endswith("-exact")
-    distinct = {example.hash for example in read_examples([str(folder / "pool.jsonl")])}
+    source = SourceSection(path=str(folder / "pool.jsonl"))
+    distinct = {content_hash(example.conversation) for example in read_examples(expand([source]))}
     assert len(distinct) == len(pool) - EXACT
 
 

@@ -1,88 +1,138 @@
-"""The data stage: read, identify, render, drop with reasons, split, write."""
+"""The data stage: read, identify, render, drop with reasons, split, write; row by row, however large the pool."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gradpursuit.config import DataSection
+from gradpursuit.data.dropped import Dropped, Losses
+from gradpursuit.data.duplicates import ExactCopies, NearCopies, text_hash, words
+from gradpursuit.data.formats import count
+from gradpursuit.data.leakage import Leaks, Protected
 from gradpursuit.data.readers import Example, read_examples
-from gradpursuit.data.render import Renderer
-from gradpursuit.data.table import Row, Table
+from gradpursuit.data.render import Rendered, Renderer
+from gradpursuit.data.schemas import Conversation, recognise
+from gradpursuit.data.table import Row, Table, TableWriter
 from gradpursuit.errors import DataError
-from gradpursuit.files import write_text
+from gradpursuit.files import write_folder
 from gradpursuit.progress import Progress
+from gradpursuit.sources import expand, paths
 
 logger = logging.getLogger("gradpursuit")
+_BATCH = 256  # rows that are tokenized together
+_TARGET = ("target", "heldout")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """A row that can be trained on, and what it says."""
+
+    row: Row
+    conversation: Conversation
+
+    @property
+    def protected(self) -> Protected:
+        """What must not be in others."""
+        return Protected(self.row.id, self.row.hash, self.conversation)
 
 
 @dataclass
-class Cleaned:
-    """A split after cleaning: the kept `table`, and one record per dropped row in `dropped`."""
+class Cleaner:
+    """Reads and renders splits, and drops, with reason and id, what cannot be trained on.
 
-    table: Table
-    dropped: list[dict[str, Any]] = field(default_factory=list)
-
-
-def clean(name: str, examples: Sequence[Example], renderer: Renderer, config: DataSection) -> Cleaned:
-    """Render `examples` and drop, with reason and id, what cannot be trained on.
-
-    Reasons: `no supervised token`, `longer than max_tokens`, and what the chat template refuses.
-
-    Raises:
-        DataError: nothing is left, or more than `data.max_dropped` of the rows were dropped.
+    Attributes:
+        config: the sources, and what is dropped.
+        renderer: of the model.
+        dropped: takes the rows that are left out.
+        schemas: rows of every schema that was recognised, by split and source.
     """
-    rows: list[Row] = []
-    dropped: list[dict[str, Any]] = []
-    with Progress(f"render {name}", len(examples)) as progress:
-        for example in examples:
-            reason, row = _render(example, renderer, config.max_tokens)
-            if row is None:
-                dropped.append(drop_record(name, example, reason))
-            else:
-                rows.append(row)
-            progress.update()
-    _refuse_large_loss(name, len(examples), dropped, config)
-    return Cleaned(Table(rows), dropped)
 
+    config: DataSection
+    renderer: Renderer
+    dropped: Dropped
+    schemas: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
 
-def drop_record(split: str, example: Example | Row, reason: str) -> dict[str, Any]:
-    """One line of `dropped.jsonl`."""
-    return {
-        "split": split,
-        "id": example.id,
-        "source": example.source,
-        "line": example.line,
-        "reason": reason,
-    }
+    def clean(self, name: str) -> Iterator[Clean]:
+        """The usable rows of split `name`, in order.
+
+        Reasons to drop one: `no supervised token`, `longer than max_tokens`, and what the chat template refuses.
+
+        Raises:
+            DataError: a source cannot be read, or more than `data.max_dropped` of the rows, or all, were dropped.
+        """
+        inputs = expand(getattr(self.config, name) or [])
+        counts = [count(made) for made in inputs]
+        total = None if None in counts else sum(number or 0 for number in counts)
+        losses = Losses(name, self.config.max_dropped)
+        schemas = self.schemas.setdefault(name, {})
+        examples = read_examples(inputs, self.config.columns)
+        with Progress(f"render {name}", total) as progress:
+            while batch := list(islice(examples, _BATCH)):
+                rendered = self.renderer.many([example.conversation for example in batch])
+                for example, found in zip(batch, rendered, strict=True):
+                    schemas.setdefault(example.source, Counter())[example.schema] += 1
+                    reason = self._unusable(found)
+                    losses.count(example, reason)
+                    if reason:
+                        self.dropped.add(name, example, reason)
+                    else:
+                        assert isinstance(found, Rendered)
+                        yield Clean(_row(example, found), example.conversation)
+                progress.update(len(batch))
+        for source, found_schemas in schemas.items():
+            logger.info("%s: %s: %s", name, source, _schema_text(found_schemas))
+        losses.refuse()
+
+    def _unusable(self, found: Rendered | DataError) -> str:
+        if isinstance(found, DataError):
+            return str(found)
+        if len(found.input_ids) > self.config.max_tokens:
+            return "longer than max_tokens"
+        return "" if found.supervised else "no supervised token"
 
 
 def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: float, seed: int) -> dict[str, Any]:
-    """Write `pool.parquet`, `target.parquet`, `heldout.parquet` and `dropped.jsonl` into `folder`.
+    """Write `pool.parquet`, `target.parquet`, `heldout.parquet` and `dropped.jsonl` into `folder`, or nothing.
 
-    Pool rows whose content is also in the target or the held-out file are dropped as leaks. Without a held-out
-    file, the share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own target: there
-    are no target rows, and the share is that of the pool.
+    Pool rows that hold the text of a target or held-out row are dropped as leaks, and copies of earlier pool rows as
+    duplicates (target rows are kept as they are given: whoever repeats one means it). Without a held-out source, the
+    share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own target: there are no
+    target rows, and the share is that of the pool.
 
     Returns:
-        Counts for the manifest: rows read and kept per split, and drops per reason.
+        Counts for the manifest: rows kept per split, drops per reason, distinct texts of the pool, schemas per source,
+        and how the supervised tokens were found.
 
     Raises:
-        DataError: a file is unusable, or too little is left of a split.
+        DataError: a source is unusable, or too little is left of a split.
     """
-    files = {"pool": config.pool, "target": config.target, "heldout": config.heldout}
-    cleaned = _clean_all(files, renderer, config, holdout, seed)
-    _drop_leaks(cleaned, "target", "heldout")
-    _drop_leaks(cleaned, "pool", "target", "heldout")
-    dropped = [record for part in cleaned.values() for record in part.dropped]
-    return {**_write(cleaned, dropped, folder), "distinct": len({row.hash for row in cleaned["pool"].table})}
+    _require_sources(config, "pool", "target")
+    with write_folder(folder) as part, Dropped.opened(part / "dropped.jsonl") as dropped:
+        cleaner = Cleaner(config, renderer, dropped)
+        target = _targets(cleaner, part, holdout, seed)
+        counts = {name: len(split) for name, split in target.items()}
+        guard = _Guard(config, [row.protected for split in target.values() for row in split])
+        counts["pool"] = guard.filter(cleaner, part / "pool.parquet")
+        if "heldout" not in counts:
+            counts.update(_split_pool(part, holdout, seed))
+    return {
+        "rows": {name: counts[name] for name in ("pool", *_TARGET)},
+        "dropped": dict(dropped.reasons),
+        "distinct": len(set(Table.read(folder / "pool.parquet").column("hash"))),
+        "leaks_kept": guard.kept,
+        "schemas": {name: {s: dict(found) for s, found in split.items()} for name, split in cleaner.schemas.items()},
+        "masks": renderer.masks,
+    }
 
 
 def prepare_target(
@@ -90,115 +140,188 @@ def prepare_target(
 ) -> dict[str, Any]:
     """Clean another target for a `pool` that is not to change: write what :func:`prepare` writes, but no pool.
 
-    Pool rows whose content is also in the target or its held-out rows are listed in `dropped.jsonl`; whoever chooses
-    from the pool for this target has to leave them out (:func:`leaks`).
+    Pool rows that leak it are listed in `dropped.jsonl`; whoever chooses from the pool for this target has to leave
+    them out (:func:`left_out`).
 
     Returns:
         Counts for the manifest: rows kept per split, drops per reason, and pool rows to leave out.
 
     Raises:
-        DataError: a file is unusable, or too little is left of the target or of the pool.
+        DataError: a source is unusable, or too little is left of the target or of the pool.
     """
-    cleaned = _clean_all({"target": config.target, "heldout": config.heldout}, renderer, config, holdout, seed)
-    _drop_leaks(cleaned, "target", "heldout")
-    found = leaks(pool, cleaned["target"].table, cleaned["heldout"].table)
-    if len(found) == len(pool):
-        raise DataError("every row of the pool is also in target or heldout: nothing is left to choose from")
-    reason = "same content as a row of target or heldout; left out of selections for this target"
-    dropped = [record for part in cleaned.values() for record in part.dropped]
-    dropped += [drop_record("pool", pool[i], reason) for i in found]
-    return {**_write(cleaned, dropped, folder), "leaks": len(found)}
+    _require_sources(config, "target")
+    with Dropped.opened(folder / "dropped.jsonl") as dropped:
+        cleaner = Cleaner(config, renderer, dropped)
+        target = _targets(cleaner, folder, holdout, seed)
+        leaks = Leaks([row.protected for split in target.values() for row in split])
+        said, found = _Said(config, pool), 0
+        with Progress("look for the target in the pool", len(pool)) as progress:
+            for row in pool if config.leaks == "remove" else ():
+                if leak := leaks.find(row.hash, said(row)):
+                    found += 1
+                    reason = f"{leak[1]} target or heldout; left out of selections for this target"
+                    dropped.add("pool", row, reason, leaks=leak[0])
+                progress.update()
+        if found == len(pool):
+            raise DataError("every row of the pool is also in target or heldout: nothing is left to choose from")
+    return {
+        "rows": {name: len(split) for name, split in target.items()},
+        "dropped": dict(dropped.reasons),
+        "leaks": found,
+    }
 
 
-def leaks(table: Table, *others: Table) -> list[int]:
-    """Positions of the rows of `table` whose content is also in one of the `others`."""
-    hashes = {row.hash for other in others for row in other}
-    return [index for index, row in enumerate(table) if row.hash in hashes]
+def left_out(folder: Path) -> set[str]:
+    """Ids of the pool rows that a target, cleaned into `folder` by :func:`prepare_target`, rules out."""
+    with (folder / "dropped.jsonl").open(encoding="utf-8") as file:
+        return {record["id"] for record in map(json.loads, file) if record["split"] == "pool"}
 
 
-def _clean_all(
-    files: dict[str, list[str] | None], renderer: Renderer, config: DataSection, holdout: float, seed: int
-) -> dict[str, Cleaned]:
-    """Every split, cleaned; without a held-out file the share `holdout` of the target is split off."""
-    cleaned = {name: clean(name, read_examples(paths), renderer, config) for name, paths in files.items() if paths}
-    for name, paths in files.items():
-        if paths == [] and name != "heldout":
-            raise DataError(f"data.{name} names no file")
-    own = "target" if "target" in cleaned else "pool"
-    if "heldout" not in cleaned:
-        cleaned[own], cleaned["heldout"] = split_off(own, cleaned[own], holdout, seed)
-    cleaned.setdefault("target", Cleaned(Table([])))
-    return cleaned
-
-
-def _write(cleaned: dict[str, Cleaned], dropped: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
-    for name, part in cleaned.items():
-        part.table.write(folder / f"{name}.parquet")
-    write_text(folder / "dropped.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in dropped))
-    reasons = Counter(f"{record['split']}: {record['reason']}" for record in dropped)
-    for reason, count in reasons.items():
-        logger.warning("dropped %d rows of %s", count, reason)
-    return {"rows": {name: len(part.table) for name, part in cleaned.items()}, "dropped": dict(reasons)}
-
-
-def split_off(name: str, target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Cleaned]:
-    """Split the target (or the pool: `name`) into what guides the selection and what scores it; copies stay together.
+def held_out(name: str, hashes: Sequence[str], holdout: float, seed: int) -> set[str]:
+    """The hashes of the rows of split `name` (target or pool) that score, where the others guide; copies stay together.
 
     Raises:
-        DataError: it has too few distinct rows to leave one on either side.
+        DataError: there are too few distinct rows to leave one on either side.
     """
-    hashes = sorted({row.hash for row in target.table})
-    if len(hashes) < 2:
+    distinct = sorted(set(hashes))
+    if len(distinct) < 2:
         raise DataError(
-            f"the {name} holds {len(hashes)} distinct rows; at least 2 are needed to hold some out: "
+            f"the {name} holds {len(distinct)} distinct rows; at least 2 are needed to hold some out: "
             "add rows, or give held-out rows of their own (data.heldout)"
         )
-    count = min(max(1, round(holdout * len(hashes))), len(hashes) - 1)
-    chosen = {hashes[i] for i in np.random.default_rng(seed).permutation(len(hashes))[:count]}
-    kept = Table([row for row in target.table if row.hash not in chosen])
-    heldout = Table([row for row in target.table if row.hash in chosen])
-    logger.info("no held-out file: %d of %d %s rows are set aside for scoring", len(heldout), len(target.table), name)
-    return Cleaned(kept, target.dropped), Cleaned(heldout)
+    number = min(max(1, round(holdout * len(distinct))), len(distinct) - 1)
+    chosen = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:number]}
+    rows = sum(digest in chosen for digest in hashes)
+    logger.info("no held-out file: %d of %d %s rows are set aside for scoring", rows, len(hashes), name)
+    return chosen
 
 
-def _drop_leaks(cleaned: dict[str, Cleaned], name: str, *others: str) -> None:
-    """Take out of split `name` what is also in the `others`, which it is to be scored or guided by."""
-    part = cleaned[name]
-    found = set(leaks(part.table, *(cleaned[other].table for other in others)))
-    reason = f"same content as a row of {' or '.join(others)}"
-    part.dropped += [drop_record(name, part.table[i], reason) for i in sorted(found)]
-    if found and len(found) == len(part.table):
-        raise DataError(f"every row of the {name} is also in {' or '.join(others)}: nothing is left")
-    part.table = Table([row for i, row in enumerate(part.table) if i not in found])
+class _Guard:
+    """Keeps leaks and copies out of the pool."""
+
+    def __init__(self, config: DataSection, protected: Sequence[Protected]) -> None:
+        self._config, self._leaks, self._copies, self.kept = config, Leaks(protected), ExactCopies(), 0
+        self._near = NearCopies(config.near_threshold) if config.deduplicate == "near" else None
+        self._targets = {f"target {number}": row.id for number, row in enumerate(protected)}
+        for key, row in zip(self._targets, protected, strict=True):
+            if self._near and config.leaks == "remove":
+                self._near.first(words(row.conversation), key)
+
+    def filter(self, cleaner: Cleaner, path: Path) -> int:
+        """Clean the pool and write the rows that stay to `path`; returns how many they are."""
+        rows = 0
+        with TableWriter.opened(path) as writer:
+            for clean in cleaner.clean("pool"):
+                if not self._refuses(clean, cleaner.dropped):
+                    writer.add(clean.row)
+                    rows += 1
+            if not rows:
+                raise DataError("every row of the pool is also in target or heldout: nothing is left")
+        if self.kept:
+            logger.warning("%d pool rows hold the text of a target or held-out row and are kept", self.kept)
+        return rows
+
+    def _refuses(self, clean: Clean, dropped: Dropped) -> bool:
+        """Whether a pool row is left out; then it is listed."""
+        row = clean.row
+        if leak := self._leaks.find(row.hash, clean.conversation):
+            if self._config.leaks == "remove":
+                dropped.add("pool", row, f"{leak[1]} target or heldout", leaks=leak[0])
+                return True
+            self.kept += 1
+        first = self._copies.first(row.hash, row.id)
+        if first is not None and self._config.deduplicate != "none":
+            dropped.add("pool", row, "duplicate", duplicate_of=first)
+            return True
+        return self._near is not None and self._is_near(self._near, clean, dropped)
+
+    def _is_near(self, near: NearCopies, clean: Clean, dropped: Dropped) -> bool:
+        key = near.first(words(clean.conversation), f"pool {clean.row.id}")
+        if key is None:
+            return False
+        if key in self._targets:
+            dropped.add("pool", clean.row, "near duplicate of a row of target or heldout", leaks=self._targets[key])
+        else:
+            dropped.add("pool", clean.row, "near duplicate", duplicate_of=key.removeprefix("pool "))
+        return True
 
 
-def _render(example: Example, renderer: Renderer, max_tokens: int) -> tuple[str, Row | None]:
-    try:
-        rendered = renderer(example.messages)
-    except DataError as error:
-        return str(error), None
-    if len(rendered.input_ids) > max_tokens:
-        return "longer than max_tokens", None
-    if rendered.supervised == 0:
-        return "no supervised token", None
-    original = json.dumps(example.columns, ensure_ascii=False)
-    row = Row(
+def _require_sources(config: DataSection, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) == []:
+            raise DataError(f"data.{name} names no file")
+
+
+def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[str, list[Clean]]:
+    """Target and held-out rows, cleaned and written; the held-out ones are not in the target.
+
+    In-domain the target is empty, and without a held-out source of its own there are no held-out rows yet.
+    """
+    in_domain = cleaner.config.in_domain
+    target = [] if in_domain else list(cleaner.clean("target"))
+    made = {"target": target}
+    if cleaner.config.heldout:
+        made["heldout"] = list(cleaner.clean("heldout"))
+    elif not in_domain:
+        chosen = held_out("target", [clean.row.hash for clean in target], holdout, seed)
+        made["heldout"] = [clean for clean in target if clean.row.hash in chosen]
+        target = [clean for clean in target if clean.row.hash not in chosen]
+    leaks = Leaks([row.protected for row in made.get("heldout", [])], [row.protected for row in target])
+    made["target"] = []
+    for clean in target:
+        if leak := leaks.find(clean.row.hash, clean.conversation):
+            cleaner.dropped.add("target", clean.row, f"{leak[1]} heldout", leaks=leak[0])
+        else:
+            made["target"].append(clean)
+    if target and not made["target"]:
+        raise DataError("every row of the target is also in heldout: nothing is left")
+    for name, rows in made.items():
+        Table([clean.row for clean in rows]).write(folder / f"{name}.parquet")
+    return made
+
+
+def _split_pool(folder: Path, holdout: float, seed: int) -> dict[str, int]:
+    """Move the share of the pool that scores into a table of its own; rows with the same text stay together."""
+    pool = Table.read(folder / "pool.parquet")
+    chosen = held_out("pool", pool.column("hash"), holdout, seed)
+    counts = {"pool": 0, "heldout": 0}
+    with ExitStack() as stack:
+        writers = {name: stack.enter_context(TableWriter.opened(folder / f"{name}.parquet")) for name in counts}
+        progress = stack.enter_context(Progress("set held-out rows aside", len(pool)))
+        for row in pool:
+            name = "heldout" if row.hash in chosen else "pool"
+            writers[name].add(row)
+            counts[name] += 1
+            progress.update()
+    return counts
+
+
+def _row(example: Example, rendered: Rendered) -> Row:
+    return Row(
         example.id,
-        example.hash,
+        text_hash(rendered.text),
         example.source,
         example.line,
-        original,
+        example.original,
         rendered.input_ids,
         rendered.labels,
+        example.file,
     )
-    return "", row
 
 
-def _refuse_large_loss(name: str, total: int, dropped: list[dict[str, Any]], config: DataSection) -> None:
-    if len(dropped) == total or len(dropped) > config.max_dropped * total:
-        reasons = ", ".join(f"{n} × {reason}" for reason, n in Counter(r["reason"] for r in dropped).items())
-        first = dropped[0]
-        raise DataError(
-            f"{len(dropped)} of {total} rows of the {name} cannot be used ({reasons}; first: "
-            f"{first['source']}:{first['line']}); raise data.max_tokens, mend the rows, or raise data.max_dropped"
-        )
+class _Said:
+    """What the rows of a pool that was cleaned before say, whether or not their files are still there."""
+
+    def __init__(self, config: DataSection, pool: Table) -> None:
+        self._default, files = config.columns, set(pool.column("file"))
+        mapped = [source for source in config.pool if source.columns is not None]
+        self._own = {path: source.columns or {} for source in mapped for path in paths([source], files)}
+
+    def __call__(self, row: Row) -> Conversation:
+        """The conversation of a row."""
+        mapping = self._own.get(row.file, self._default)
+        return recognise(row.columns, mapping, f"{row.file}:{row.line}")[1]
+
+
+def _schema_text(schemas: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} rows of {schema}" for schema, number in schemas.items())

@@ -1,22 +1,21 @@
-"""Reading training examples from JSON Lines: which schema a row has, and what identifies it.
-
-Schemas: `messages` (a list of {"role", "content"}), and `prompt`/`completion` (strings, or lists of messages).
-"""
+"""Training examples out of any input: what each row says, and what identifies it."""
 
 from __future__ import annotations
 
-import codecs
+import datetime
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
+from gradpursuit.config import ColumnName
+from gradpursuit.data.formats import rows
+from gradpursuit.data.schemas import SCHEMAS, Conversation, recognise
 from gradpursuit.errors import DataError
-
-ROLES = ("system", "user", "assistant", "tool")
-SCHEMAS = "'messages', or 'prompt' and 'completion'"
+from gradpursuit.sources import Input
 
 
 @dataclass(frozen=True)
@@ -25,129 +24,124 @@ class Example:
 
     Attributes:
         id: the row's own `id`, or a hash of its content; copies of one content get `-2`, `-3`, ...
-        hash: sha256 over roles and texts, white space folded: equal for exact copies, whatever their id.
-        source: the file it came from.
-        line: its line there, from 1.
-        messages: the conversation, `{"role", "content"}` each.
+        source: the name of its source; the path of its file if the source has no name.
+        file: the file, folder or hub id it came from.
+        line: its line there, or its row in a format without lines, from 1.
+        schema: the name of the schema that was recognised.
+        conversation: what it says.
         columns: every original column, unchanged.
     """
 
     id: str
-    hash: str
     source: str
+    file: str
     line: int
-    messages: tuple[Mapping[str, str], ...]
+    schema: str
+    conversation: Conversation
     columns: Mapping[str, Any]
 
+    @property
+    def original(self) -> str:
+        """Every original column as JSON text: :func:`as_json`."""
+        return as_json(self.columns, f"{self.file}:{self.line}")
 
-def read_examples(paths: Sequence[str]) -> list[Example]:
-    """All examples of JSON Lines files, in order.
+
+def read_examples(inputs: Iterable[Input], renamed: Mapping[ColumnName, str] | None = None) -> Iterator[Example]:
+    """The examples of all inputs, one by one, in order.
+
+    Args:
+        inputs: files, folders and hub data sets.
+        renamed: our name of a column to that of the data; a source that maps columns itself goes by its own.
 
     Raises:
-        DataError: a file is missing or empty, a line is not a JSON object or has no known schema (file and
-            line named), or two rows carry the same `id`.
+        DataError: an input is missing or empty, a row cannot be read or has no known schema (file and line named), or
+            two rows carry the same `id`.
     """
-    examples: list[Example] = []
-    seen: dict[str, Example] = {}
-    copies: dict[str, int] = {}
-    for path in paths:
-        before = len(examples)
-        for line, columns in _json_lines(path):
-            example = _example(columns, path, line, copies)
-            if example.id in seen:
-                other = seen[example.id]
-                raise DataError(
-                    f"{path}:{line}: id '{example.id}' is already used at {other.source}:{other.line}; "
-                    "ids must be unique, or leave the 'id' column out"
-                )
-            seen[example.id] = example
-            examples.append(example)
-        if len(examples) == before:
-            raise DataError(f"{path}: holds no examples; expected one JSON object a line with {SCHEMAS}")
-    return examples
+    names = _Names()
+    for made in inputs:
+        mapping: Mapping[ColumnName, str] = made.source.columns if made.source.columns is not None else renamed or {}
+        empty = True
+        for line, columns in rows(made):
+            empty = False
+            where = f"{made.path}:{line}"
+            schema, conversation = recognise(columns, mapping, where)
+            own = columns.get(mapping.get("id", "id"))
+            name = names.of(own, conversation, made.path, line)
+            yield Example(name, made.name, made.path, line, schema, conversation, columns)
+        if empty:
+            raise DataError(f"{made.path}: holds no examples; expected rows with {SCHEMAS}")
 
 
-def content_hash(messages: Sequence[Mapping[str, str]]) -> str:
-    """sha256 (hex) over roles and contents, with runs of white space folded to one space."""
-    folded = [[message["role"], " ".join(message["content"].split())] for message in messages]
-    return hashlib.sha256(json.dumps(folded, ensure_ascii=False).encode()).hexdigest()
+class _Names:
+    """Gives every example its id, and sees that no two have the same; a hundred bytes of memory for each."""
 
+    def __init__(self) -> None:
+        self._files: list[str] = []
+        self._places: dict[int, int] = {}  # a hash of the id, to the number of its file and its line
+        self._copies: Counter[str] = Counter()
 
-def _json_lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with Path(path).open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                if number == 1:
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                if not raw.strip():
-                    continue
-                try:
-                    row = json.loads(raw.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path}:{number}: not UTF-8: {error.reason}; save it as UTF-8") from None
-                except json.JSONDecodeError as error:
-                    raise DataError(
-                        f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}; "
-                        "expected one JSON object a line"
-                    ) from None
-                except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number}: not usable JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                if b"\\u" in raw:
-                    _refuse_half_characters(row, f"{path}:{number}")
-                yield number, row
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
-    """JSON escapes can hold one half of a surrogate pair, which is no character and cannot be written as UTF-8."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise DataError(f"{where}: holds half a character (\\u{ord(half):04x} alone); remove it") from None
-
-
-def _example(columns: dict[str, Any], path: str, line: int, copies: dict[str, int]) -> Example:
-    messages = _messages(columns, f"{path}:{line}")
-    digest = content_hash(messages)
-    own = columns.get("id")
-    if own is None or own == "":
-        copies[digest] = copies.get(digest, 0) + 1
-        name = digest[:16] + (f"-{copies[digest]}" if copies[digest] > 1 else "")
-    elif isinstance(own, (str, int)) and not isinstance(own, bool):
+    def of(self, own: Any, conversation: Conversation, file: str, line: int) -> str:
+        """The id of the example at `line` of `file`, whose own id is `own`."""
+        if own is None or own == "":
+            name = base = content_hash(conversation)[:16]
+            while not self._put(name, file, line):
+                self._copies[base] += 1
+                name = f"{base}-{self._copies[base] + 1}"
+            return name
+        if not isinstance(own, (str, int)) or isinstance(own, bool):
+            raise DataError(f"{file}:{line}: 'id' is {own!r}; expected text or a whole number")
         name = str(own)
-    else:
-        raise DataError(f"{path}:{line}: 'id' is {own!r}; expected text or a whole number")
-    return Example(name, digest, path, line, messages, columns)
+        if not self._put(name, file, line):
+            place = self._places[_key(name)]
+            raise DataError(
+                f"{file}:{line}: id '{name}' is already used at {self._files[place >> 48]}:{place & ((1 << 48) - 1)}; "
+                "ids must be unique, or leave the 'id' column out"
+            )
+        return name
+
+    def _put(self, name: str, file: str, line: int) -> bool:
+        if not self._files or self._files[-1] != file:
+            self._files.append(file)
+        key = _key(name)
+        if key in self._places:
+            return False
+        self._places[key] = (len(self._files) - 1) << 48 | line
+        return True
 
 
-def _messages(columns: Mapping[str, Any], where: str) -> tuple[Mapping[str, str], ...]:
-    if "messages" in columns:
-        return _conversation(columns["messages"], f"{where}: 'messages'")
-    if "prompt" in columns and "completion" in columns:
-        prompt, completion = columns["prompt"], columns["completion"]
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return ({"role": "user", "content": prompt}, {"role": "assistant", "content": completion})
-        if isinstance(prompt, list) and isinstance(completion, list):
-            head = _conversation(prompt, f"{where}: 'prompt'")
-            return head + _conversation(completion, f"{where}: 'completion'")
-        raise DataError(
-            f"{where}: 'prompt' is {type(prompt).__name__} and 'completion' is {type(completion).__name__}; "
-            "expected two strings or two lists of messages"
-        )
-    found = ", ".join(f"'{name}'" for name in columns) or "none"
-    raise DataError(f"{where}: columns found: {found}; expected {SCHEMAS}")
+def _key(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=12).digest(), "big")
 
 
-def _conversation(value: Any, where: str) -> tuple[Mapping[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a list of {{'role', 'content'}} objects, found {value!r:.80}")
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise DataError(f"{where}[{index}]: expected 'role' and a text 'content', found {message!r:.80}")
-        if message.get("role") not in ROLES:
-            raise DataError(f"{where}[{index}]: role {message.get('role')!r} is not one of {', '.join(ROLES)}")
-    return tuple({"role": message["role"], "content": message["content"]} for message in value)
+def content_hash(conversation: Conversation) -> str:
+    """sha256 (hex) over roles and texts, with runs of white space folded to one space."""
+    return hashlib.sha256(json.dumps(conversation.folded(), ensure_ascii=False, default=str).encode()).hexdigest()
+
+
+def as_json(columns: Mapping[str, Any], where: str) -> str:
+    """The columns of a row as JSON text; dates and decimal numbers become text.
+
+    Raises:
+        DataError: a column holds bytes, which JSON cannot.
+    """
+    try:
+        return json.dumps(columns, ensure_ascii=False, default=_as_text)
+    except TypeError as error:
+        named = next((name for name, value in columns.items() if not _is_json(value)), "?")
+        raise DataError(f"{where}: column '{named}' {error}; leave it out") from None
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (datetime.date, datetime.time)):
+        return value.isoformat()
+    if isinstance(value, (Decimal, datetime.timedelta)):
+        return str(value)
+    raise TypeError(f"holds {type(value).__name__}, which cannot be kept as JSON")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, default=_as_text)
+    except TypeError:
+        return False
+    return True

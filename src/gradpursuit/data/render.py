@@ -1,18 +1,31 @@
-"""From a conversation to tokens and labels, with the tokenizer's own chat template.
+"""From what a row says to tokens and labels.
 
-The supervised span of an assistant turn is what the template adds when that turn is appended to the rendered
-prefix before it: its text and its end token, without the white space that templates put after the end token.
-A token on the border (the space that ends a prompt, joined to the answer's first word) counts as the assistant's.
-Rendering prefixes works with every template that renders turns in order; one that rewrites earlier turns when
-later ones come is refused, because its spans could not be trusted.
+A conversation is rendered by the tokenizer's own chat template (:mod:`gradpursuit.data.templates`). Supervised is, by
+the mode,
+
+* `assistant`: the text and the end token of every assistant turn,
+* `last-turn`: those of the last one alone,
+* `full`: every token.
+
+Assistant turns in a list of messages that is a row's *prompt* are context, and an assistant turn without text and
+without a tool call is rendered but not supervised: nothing is learned from an answer that is not there. What system,
+user and tool messages say is never supervised but in mode `full`. Keys such as `name`, `tool_calls` and `tool_call_id`
+go to the template as they are; a template that has no place for a message, a tool call or a tool refuses the row. Plain
+text is supervised whole, with an end-of-sequence token. A token on the border (the space that ends a prompt, joined to
+the answer's first word) counts as the assistant's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from gradpursuit.config import Turns
+from gradpursuit.data.schemas import Conversation
+from gradpursuit.data.templates import ChatTemplate, Span
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -23,95 +36,146 @@ IGNORE = -100  # the label of a token without supervision, as everywhere in PyTo
 
 @dataclass(frozen=True)
 class Rendered:
-    """Tokens of one example: `input_ids [L]`, and `labels [L]` equal to them or -100 where not supervised."""
+    """Tokens of one example: `input_ids [L]`, `labels [L]` equal to them or -100 where not supervised, and its text."""
 
     input_ids: list[int]
     labels: list[int]
+    text: str = ""
 
     @property
     def supervised(self) -> int:
         """Tokens with a label that some earlier token predicts."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return len(self.labels[1:]) - self.labels[1:].count(IGNORE)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What is to be tokenized, where in it the supervised characters are, and who adds the special tokens."""
+
+    text: str
+    spans: list[Span]
+    add_special: bool
 
 
 class Renderer:
-    """Renders conversations with one tokenizer.
+    """Renders conversations and plain text with one tokenizer.
 
     A tokenizer without a chat template renders a single prompt and completion as plain text: the prompt, the
     completion, and the end-of-sequence token.
+
+    Args:
+        tokenizer: a fast one.
+        turns: what is supervised.
+        template_variables: for the chat template, beside the conversation.
 
     Raises:
         ModelError: the tokenizer gives no character offsets, or has neither a template nor an end token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        turns: Turns = "assistant",
+        template_variables: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
             )
         if tokenizer.chat_template is None and tokenizer.eos_token is None:
             raise ModelError("the tokenizer has neither a chat template nor an end-of-sequence token")
-        self._tokenizer = tokenizer
-        self._special = {tokenizer.eos_token} | {
-            str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-        }
+        self._tokenizer, self._turns = tokenizer, turns
+        self._template = ChatTemplate(tokenizer, template_variables or {}) if tokenizer.chat_template else None
 
-    def __call__(self, messages: Sequence[Mapping[str, str]]) -> Rendered:
-        """Tokens and labels of one conversation; nothing is cut.
+    @property
+    def masks(self) -> str:
+        """In words, how the supervised tokens are found."""
+        return self._template.origin if self._template else "no chat template: prompt, completion and end token"
+
+    def __call__(self, messages: Sequence[Mapping[str, Any]]) -> Rendered:
+        """Tokens and labels of one list of messages; nothing is cut.
 
         Raises:
-            DataError: the template refuses the conversation, or rewrites earlier turns.
+            DataError: the template refuses the conversation, or its supervised tokens cannot be told.
         """
-        if self._tokenizer.chat_template is None:
-            text, spans = self._plain(messages)
-            add_special = True
-        else:
-            text, spans = self._chat(messages)
-            add_special = False
-        encoded = self._tokenizer(text, add_special_tokens=add_special, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        labels = [
-            token if any(max(begin, start) < min(end, stop) for start, stop in spans) else IGNORE
-            for token, (begin, end) in zip(ids, encoded["offset_mapping"], strict=True)
+        (found,) = self.many([Conversation(tuple(messages))])
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def many(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
+        """Tokens and labels of each, or why there are none; many at a time are tokenized faster than one by one."""
+        texts: list[_Text | DataError] = []
+        for conversation in conversations:
+            try:
+                texts.append(self._text(conversation))
+            except DataError as error:
+                texts.append(error)
+        found: list[Rendered | DataError] = [
+            text if isinstance(text, DataError) else Rendered([], []) for text in texts
         ]
-        return Rendered(ids, labels)
-
-    def _chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        text = self._template(messages, prompt=False)
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for add_special in (False, True):
+            chosen = [
+                (i, text) for i, text in enumerate(texts) if isinstance(text, _Text) and text.add_special == add_special
+            ]
+            if not chosen:
                 continue
-            prefix = self._template(messages[:index], prompt=True)
-            turn = self._strip_after_end(self._template(messages[: index + 1], prompt=False))
-            if not turn.startswith(prefix) or not text.startswith(turn):
-                raise DataError(
-                    f"the chat template rewrites earlier turns when turn {index + 1} is added, so the tokens "
-                    "of the assistant cannot be told apart; use a training version of the template"
-                )
-            spans.append((len(prefix), len(turn)))
-        return text, spans
-
-    def _template(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
-        try:
-            rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=prompt
+            encoded = self._tokenizer(
+                [text.text for _, text in chosen],
+                add_special_tokens=add_special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
             )
-        except Exception as error:  # a template is a program of its own, and can fail in any way
-            raise DataError(f"the chat template refuses this conversation: {error}") from None
-        return str(rendered)
+            for (i, text), ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                found[i] = Rendered(ids, self._labels(ids, offsets, text.spans), text.text)
+        return found
 
-    def _strip_after_end(self, text: str) -> str:
-        stripped = text.rstrip()
-        return stripped if any(token and stripped.endswith(token) for token in self._special) else text
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, special ones included."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _plain(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+    def _text(self, conversation: Conversation) -> _Text:
+        full = self._turns == "full"
+        if conversation.text is not None:
+            text = conversation.text + str(self._tokenizer.eos_token or "")
+            return _Text(text, [(0, len(text))], True)
+        turns = [] if full else self._supervised(conversation)
+        if self._template:
+            text, spans = self._template.render(conversation, turns)
+        else:
+            text, spans = self._without_template(conversation, turns)
+        return _Text(text, [(0, len(text))] if full else spans, self._template is None)
+
+    def _supervised(self, conversation: Conversation) -> list[int]:
+        """Positions of the messages that are supervised."""
+        messages = conversation.messages
+        speaking = [i for i in range(conversation.first, len(messages)) if messages[i]["role"] == "assistant"]
+        if self._turns == "last-turn":
+            speaking = speaking[-1:]
+        return [i for i in speaking if messages[i]["content"].strip() or _says_more(messages[i])]
+
+    @staticmethod
+    def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:
+        begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+        labels = np.full(len(ids), IGNORE, dtype=np.int64)
+        for start, stop in spans:
+            inside = np.maximum(begins, start) < np.minimum(ends, stop)
+            labels[inside] = np.asarray(ids, dtype=np.int64)[inside]
+        return list(labels.tolist())
+
+    def _without_template(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        messages = conversation.messages
         roles = [message["role"] for message in messages]
-        if roles != ["user", "assistant"]:
+        if roles != ["user", "assistant"] or _says_more(messages[1]) or conversation.tools:
             raise DataError(
                 "the tokenizer has no chat template, which only a prompt and a completion can do without; "
                 f"this row has turns {roles}"
             )
         prompt = messages[0]["content"]
         text = prompt + messages[1]["content"] + str(self._tokenizer.eos_token)
-        return text, [(len(prompt), len(text))]
+        return text, [(len(prompt), len(text))] if turns else []
+
+
+def _says_more(message: Mapping[str, Any]) -> bool:
+    """Whether the assistant says something beside its text: a tool call, or its reasoning."""
+    return any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking", "reasoning"))

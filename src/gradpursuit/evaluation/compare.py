@@ -20,7 +20,7 @@ from gradpursuit.config import EvaluationSection
 from gradpursuit.data import Row, Table
 from gradpursuit.evaluation.journal import Journal, Result
 from gradpursuit.evaluation.scoring import Scorer
-from gradpursuit.files import write_json
+from gradpursuit.files import kept_if_refused, write_json
 from gradpursuit.manifest import digest_of
 from gradpursuit.progress import clock
 from gradpursuit.selection import Selection, derive_seed
@@ -154,7 +154,6 @@ class Comparison:
         """All cells; those in `folder/results.jsonl` are taken from there, and every new one is added to it."""
         journal, plan = Journal(folder / "results.jsonl"), self.plan(arms)
         keys = dict.fromkeys((w.training, self._scored[w.scored_on]) for w in plan)
-        write_json(folder / "plan.json", [list(key) for key in keys])
         groups: dict[str, list[Wanted]] = {}
         for wanted in plan:
             groups.setdefault(wanted.training, []).append(wanted)
@@ -162,12 +161,14 @@ class Comparison:
         if len(open_ones) < len(groups):
             logger.info("%d of %d trainings are there already", len(groups) - len(open_ones), len(groups))
         start = time.monotonic()
-        for done, group in enumerate(open_ones, 1):
-            for result in self._compute(group[0], self._missing(group, journal)):
-                journal.add(result)
-                logger.info("%s: held-out loss %.4f, exact match %.3f", _told(result.label), *_means(result))
-            left = (time.monotonic() - start) / done * (len(open_ones) - done)
-            logger.info("training %d of %d done, %s left", done, len(open_ones), clock(left))
+        with kept_if_refused([folder / "plan.json"], []):
+            write_json(folder / "plan.json", [list(key) for key in keys])
+            for done, group in enumerate(open_ones, 1):
+                for result in self._compute(group[0], self._missing(group, journal)):
+                    journal.add(result)
+                    logger.info("%s: held-out loss %.4f, exact match %.3f", _told(result.label), *_means(result))
+                left = (time.monotonic() - start) / done * (len(open_ones) - done)
+                logger.info("training %d of %d done, %s left", done, len(open_ones), clock(left))
         return [
             Cell(w.arm, w.protocol, w.seed, w.scored_on, found)
             for w in plan

@@ -145,7 +145,7 @@ def _extract_tasks(archive: Path, missing: dict[str, Path]) -> None:
             if key and file:
                 write_json(wanted[key], json.load(file))
                 found += 1
-        progress.update(progress.total - progress.done)
+        progress.update((BIGBENCH.size >> 20) - progress.done)
     if found != len(wanted):
         lacking = [task for task, path in missing.items() if not path.is_file()]
         raise DownloadError(f"{archive}: holds no task {', '.join(lacking)}")

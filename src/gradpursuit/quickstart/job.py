@@ -47,6 +47,7 @@ SETTINGS = """
 model: {}
 data:
   max_tokens: 256
+  deduplicate: none  # the pool's copies stay, to be seen by the strategies
 warmup:
   fraction: 0.15
   epochs: 3

@@ -205,6 +205,7 @@ def provenance(run: Run) -> dict[str, Any]:
     manifest = run.manifest.read()
     stages = manifest["stages"]
     outputs = {**stages.get("selection", {}).get("outputs", {}), **stages.get("export", {}).get("outputs", {})}
+    inputs = stages.get("data", {}).get("detail", {}).get("inputs", {})
     return {
         "created": manifest["created"],
         "gradpursuit": manifest.get("gradpursuit"),
@@ -212,7 +213,7 @@ def provenance(run: Run) -> dict[str, Any]:
         "machine": manifest.get("machine", {}),
         "compute": stages.get("trajectory", {}).get("detail", {}).get("compute"),
         "checkpoints": stages.get("trajectory", {}).get("detail", {}).get("checkpoints", []),
-        "inputs": stages.get("data", {}).get("detail", {}).get("inputs", {}),
+        "inputs": {path: digest for hashes in inputs.values() for path, digest in hashes.items()},
         "stages": {name: entry["fingerprint"] for name, entry in stages.items() if "fingerprint" in entry},
         "selections": {name: digest for name, digest in outputs.items() if name.endswith((".parquet", ".jsonl"))},
     }

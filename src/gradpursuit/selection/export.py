@@ -82,7 +82,7 @@ def refuse_reserved_columns(pool: Table) -> None:
         taken = [name for name in RESERVED if name in row.columns]
         if taken:
             raise SelectionError(
-                f"{row.source}:{row.line}: the column '{taken[0]}' is also the name of a column that the export "
+                f"{row.file}:{row.line}: the column '{taken[0]}' is also the name of a column that the export "
                 "adds; rename it in the pool"
             )
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import socket
-import urllib.parse
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +14,7 @@ from torch import nn
 
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.errors import ConfigError, ModelError
+from gradpursuit.hub import hub_can_be_asked
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -81,7 +79,9 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
 
     name, options = _source(config)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=config.trust_remote_code, **options
+        )
     except Exception as error:  # transformers and its back ends raise many kinds for one broken folder
         raise ModelError(f"model.path '{config.path}': no usable tokenizer: {_why(config, options, error)}") from error
     return tokenizer
@@ -102,7 +102,9 @@ def load_model(config: ModelSection) -> PreTrainedModel:
         # The fused attention's backward pass in bfloat16 is ten times slower on a CPU than the plain one.
         options["attn_implementation"] = "eager"
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, trust_remote_code=config.trust_remote_code, **options
+        )
     except Exception as error:  # as above
         raise ModelError(f"model.path '{config.path}': cannot be loaded: {_why(config, options, error)}") from error
     if "gguf_file" in options:
@@ -185,29 +187,20 @@ def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:
     if looks_local or not config.path:
         raise ModelError(f"model.path '{config.path}': no such folder; give a folder, a GGUF file or a hub id")
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
-    if not _hub_can_be_asked():
+    if not hub_can_be_asked():
         options["local_files_only"] = True  # what the hub's cache holds is used; the rest fails at once
     return config.path, options
-
-
-def _hub_can_be_asked() -> bool:
-    """Whether the hub's name can be resolved, or a proxy may do it; asking in vain takes the hub's client a minute."""
-    from huggingface_hub import constants
-
-    if urllib.request.getproxies():
-        return True
-    url = urllib.parse.urlparse(constants.ENDPOINT)
-    try:
-        socket.getaddrinfo(url.hostname, url.port or 443)
-    except OSError:
-        return False
-    return True
 
 
 def _why(config: ModelSection, options: dict[str, Any], error: BaseException) -> str:
     """The reason in one line; for a hub id without a hub, that."""
     if options.get("local_files_only") and not Path(config.path).exists():
         return "there is no such folder here, the hub cannot be reached, and its cache does not hold the model"
+    if "trust_remote_code" in str(error):
+        return (
+            "its files come with Python code of their own, which is not run; if you trust who wrote it, set "
+            "model.trust_remote_code: true"
+        )
     return _one_line(error)
 
 

@@ -1,90 +1,18 @@
-"""The configuration of a run: frozen sections with documented fields, read from YAML, overridden by flags.
-
-YAML and command line build the same objects; an unknown key or a wrong value is refused with the place,
-the cause and the nearest right name. A list of names may also be written as one text with commas.
-"""
+"""The sections of a configuration: what every stage goes by, and the whole."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
-from gradpursuit.errors import ConfigError, nearest
-from gradpursuit.tree import apply_overrides, read_tree
+from gradpursuit.config.data import DataSection
+from gradpursuit.config.values import OWN, Budget, Fraction, Names, Number, Section, Whole, listed, target_name
 
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
-
-
-def _no_truth_value(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("expected a number, not true or false")
-    return value
-
-
-def _listed(value: Any) -> Any:
-    """A text as the list that it means: its parts between commas; a name that holds a comma needs a list of its own."""
-    if not isinstance(value, str):
-        return value
-    names = [name.strip() for name in value.split(",")]
-    if not all(names):
-        raise ValueError("a name is empty; one that holds a comma itself is written ['a,b']")
-    return names
-
-
-Names = Annotated[list[str], BeforeValidator(_listed)]
-Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
-Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
-Fraction = Annotated[Number, Field(gt=0, le=1)]
-
-
-def _budget(value: Any) -> Any:
-    """A count of examples (an integer) or a share of the pool (anything else that is a number)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("expected a count of examples, such as 50, or a share of the pool, such as 0.05")
-    number = value if isinstance(value, int) else float(value)
-    if number <= 0 or (isinstance(number, float) and number > 1):
-        raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
-    return number
-
-
-Budget = Annotated[int | float, BeforeValidator(_budget)]
-OWN = "own"  # the target of data.target, among those that were added
-
-
-def target_name(name: str) -> str:
-    """`name`, if it can be the name of an added target: of a folder, and of a flag's value that YAML reads as text.
-
-    Raises:
-        ValueError: it cannot.
-    """
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or not isinstance(yaml.safe_load(name), str):
-        raise ValueError(
-            "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
-            "YAML takes for a value (true, no, null, ...)"
-        )
-    if name == OWN:
-        raise ValueError(f"'{OWN}' is what the run's own target is called")
-    return name
-
-
-class Section(BaseModel):
-    """A frozen group of settings that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class LoraSection(Section):
@@ -100,7 +28,7 @@ class LoraSection(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _names_or_expression(cls, value: Any) -> Any:
-        return _listed(value) if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", str(value)) else value
+        return listed(value) if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", str(value)) else value
 
 
 class ModelSection(Section):
@@ -108,6 +36,9 @@ class ModelSection(Section):
 
     path: str = Field(description="folder, hub id, or a GGUF file of a causal language model")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the model's files; only for models that you trust"
+    )
     device: str = Field("auto", description="'auto' (CUDA when there is one), 'cpu' or 'cuda'")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -143,34 +74,6 @@ class ModelSection(Section):
         if self.layers is not None and self.lora is not None:
             raise ValueError("layers and lora are both given: leave lora out (or null) to train layers of the model")
         return self
-
-
-class DataSection(Section):
-    """The examples to choose from and the examples of the task that matters."""
-
-    pool: Names = Field(description="JSONL file or files of the pool")
-    target: Names | None = Field(
-        description="JSONL file or files of the target: a few dozen examples; null or 'pool': no target but the "
-        "pool itself, whose mean gradient is what the chosen rows are to reproduce (in-domain selection)"
-    )
-    heldout: Names = Field(
-        default_factory=list,
-        description="examples for scoring only; empty: split off from the target (in-domain: from the pool)",
-    )
-    max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
-    max_dropped: Number = Field(
-        0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
-    )
-
-    @property
-    def in_domain(self) -> bool:
-        """Whether the pool is its own target."""
-        return self.target is None
-
-    @field_validator("target", mode="before")
-    @classmethod
-    def _the_pool_is_none(cls, value: Any) -> Any:
-        return None if value == "pool" else value
 
 
 class WarmupSection(Section):
@@ -382,87 +285,3 @@ class RunConfig(Section):
             if self.model.lora is not None:
                 del tree["model"]["lora"]
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read `path` (YAML), apply `section.key=value` overrides, and validate.
-
-    Relative paths in the file are taken relative to the working directory, as on the command line.
-
-    Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, or a value is not usable.
-    """
-    tree = read_tree(path)
-    apply_overrides(tree, overrides)
-    return build_config(tree, str(path), overrides)
-
-
-def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Validate a nested mapping; `where` names its origin in messages, `overrides` what came from flags instead.
-
-    Raises:
-        ConfigError: with one line per wrong key or value.
-    """
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        flags = [override.partition("=")[0] for override in overrides]
-        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item), RunConfig)}" for item in error.errors()]
-        raise ConfigError("\n".join(lines)) from None
-
-
-SectionT = TypeVar("SectionT", bound=BaseModel)
-
-
-def build_section(kind: type[SectionT], values: Mapping[str, Any], within: str) -> SectionT:
-    """Validate values as a section of their own, which lies at the key `within` of the configuration.
-
-    Raises:
-        ConfigError: with one line per wrong key or value.
-    """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(item), kind, within) for item in error.errors())) from None
-
-
-def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str:
-    """Where a wrong value was given: the flag that set it (or set what is around it or in it), else `where`."""
-    keys = [str(part) for part in loc]
-    around = {".".join(keys[:length]) for length in range(1, len(keys) + 1)}
-    inside = ".".join(keys) + "."
-    named = [f"--{flag}" for flag in dict.fromkeys(flags) if flag in around or flag.startswith(inside)]
-    return ", ".join(named) or where
-
-
-def _explain(item: dict[str, Any], root: type[BaseModel], within: str = "") -> str:
-    """One line for one pydantic error of a `root` at the key `within`: key, value, cause and fix."""
-    keys = [str(part) for part in item["loc"]]
-    above = [within] if within else []
-    key = ".".join([*above, *keys])
-    if item["type"] == "extra_forbidden":
-        section = _section_at(root, keys[:-1])
-        parent = ".".join([*above, *keys[:-1]])
-        place = f" in section '{parent}'" if parent else ""
-        return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
-    if item["type"] == "missing":
-        return f"'{key}' is missing and has no default"
-    if not keys:
-        return (f"{within}: " if within else "") + str(item["msg"].removeprefix("Value error, "))
-    message = {
-        "model_type": "expected a section with keys of its own",
-        "list_type": "expected a list, such as [a, b]",
-    }.get(item["type"], item["msg"].removeprefix("Value error, "))
-    if not key:
-        return str(message)
-    if isinstance(item["input"], Mapping):  # a section: the message says which of its keys are in the way
-        return f"'{key}': {message}"
-    return f"'{key}' = {item['input']!r}: {message}"
-
-
-def _section_at(section: type[BaseModel], keys: Sequence[str]) -> type[BaseModel]:
-    for key in keys:
-        annotation = section.model_fields[key].annotation
-        kinds = get_args(annotation) or (annotation,)  # a section, or `Section | None`
-        section = next(kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return section

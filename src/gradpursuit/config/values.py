@@ -1,0 +1,67 @@
+"""What sections are made of: the section itself, and kinds of values that YAML and flags write alike."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("expected a number, not true or false")
+    return value
+
+
+def listed(value: Any) -> Any:
+    """A text as the list that it means: its parts between commas; a name that holds a comma needs a list of its own."""
+    if not isinstance(value, str):
+        return value
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise ValueError("a name is empty; one that holds a comma itself is written ['a,b']")
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(listed)]
+Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
+Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
+Fraction = Annotated[Number, Field(gt=0, le=1)]
+
+
+def _budget(value: Any) -> Any:
+    """A count of examples (an integer) or a share of the pool (anything else that is a number)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("expected a count of examples, such as 50, or a share of the pool, such as 0.05")
+    number = value if isinstance(value, int) else float(value)
+    if number <= 0 or (isinstance(number, float) and number > 1):
+        raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
+    return number
+
+
+Budget = Annotated[int | float, BeforeValidator(_budget)]
+OWN = "own"  # the target of data.target, among those that were added
+
+
+def target_name(name: str) -> str:
+    """`name`, if it can be the name of an added target: of a folder, and of a flag's value that YAML reads as text.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]{0,63}", name) or not isinstance(yaml.safe_load(name), str):
+        raise ValueError(
+            "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
+            "YAML takes for a value (true, no, null, ...)"
+        )
+    if name == OWN:
+        raise ValueError(f"'{OWN}' is what the run's own target is called")
+    return name
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

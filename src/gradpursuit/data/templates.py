@@ -1,0 +1,208 @@
+"""Where in the rendered text of a conversation the assistant speaks.
+
+A chat template that marks it with `{% generation %}` is asked. Of the families whose own template does not, TRL ships
+training versions that do, and those are used instead: the same text but for what TRL's page of templates says (the
+training version of Qwen 3 keeps the reasoning block of every turn). For any other template the conversation is
+rendered up to every assistant turn and on to its end, which works with templates that render turns in order; one that
+rewrites earlier turns when later ones come is refused, because its spans could not be trusted.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from gradpursuit.data.schemas import Conversation, Message
+from gradpursuit.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("gradpursuit")
+Span = tuple[int, int]  # of characters
+_WORD = re.compile(r"[^\W_]+")
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Args:
+        tokenizer: with a chat template.
+        variables: for the template, beside the conversation.
+
+    Attributes:
+        origin: in words, how the assistant's turns are found.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]) -> None:
+        self._tokenizer, self._variables = tokenizer, dict(variables)
+        self._marked, self.origin = _marked_template(tokenizer)
+        self._prompt = self._generation_prompt() if self._marked else ""
+        special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._ends = {str(token) for token in (tokenizer.eos_token, *special) if token}
+        source = str(self._marked or tokenizer.chat_template)
+        if "strftime_now" in source and "date_string" not in variables:
+            fixed = (
+                '; data.chat_template_kwargs: {date_string: "26 Jul 2024"} fixes it' if "date_string" in source else ""
+            )
+            logger.warning(
+                "the chat template writes today's date into every row, so tokens change with the day%s", fixed
+            )
+
+    def render(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        """The whole text, and where in it the assistant speaks in the messages at `turns`: text and end token.
+
+        What the template puts before an answer when it asks for one, and white space after an end token, are no part
+        of a span.
+
+        Raises:
+            DataError: the template refuses the conversation, leaves out a part of it, or rewrites earlier turns.
+        """
+        text, spans = (self._by_marks if self._marked else self._by_prefixes)(conversation, turns)
+        _refuse_left_out(conversation, text)
+        return text, [self._trimmed(text, span) for span in spans]
+
+    def _by_marks(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        text, spans = self._with_marks(conversation, len(conversation.messages), prompt=False)
+        speaking = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        if list(turns) == speaking:
+            return text, spans
+        chosen: list[Span] = []
+        for turn in turns:
+            before = self._with_marks(conversation, turn, prompt=True)[1]
+            until = spans if turn == speaking[-1] else self._with_marks(conversation, turn + 1, prompt=True)[1]
+            if until != spans[: len(until)] or before != until[: len(before)]:
+                raise self._rewritten(turn)
+            chosen += until[len(before) :]
+        return text, chosen
+
+    def _with_marks(self, conversation: Conversation, end: int, *, prompt: bool) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if end == 0:
+            return "", []
+
+        def render() -> Any:
+            return render_jinja_template(
+                conversations=[_plain(conversation.messages[:end])],
+                tools=_plain(conversation.tools) or None,
+                chat_template=self._marked,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=True,
+                **{**self._tokenizer.special_tokens_map, **self._variables},
+            )
+
+        texts, spans = _guarded(render)
+        return texts[0], [(start, stop) for start, stop in spans[0] if stop > start]
+
+    def _by_prefixes(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
+        last = len(conversation.messages) - 1
+        text = self._plainly(conversation, last + 1, prompt=False)
+        spans = []
+        for turn in turns:
+            prefix = self._plainly(conversation, turn, prompt=True)
+            until = text if turn == last else self._plainly(conversation, turn + 1, prompt=False)
+            if turn != last and not text.startswith(until):
+                until = until[: self._trimmed(until, (len(prefix), len(until)))[1]]
+            if not until.startswith(prefix) or not text.startswith(until):
+                raise self._rewritten(turn)
+            spans.append((len(prefix), len(until)))
+        return text, spans
+
+    def _plainly(self, conversation: Conversation, end: int, *, prompt: bool) -> str:
+        def render() -> Any:
+            return self._tokenizer.apply_chat_template(
+                _plain(conversation.messages[:end]),
+                tools=_plain(conversation.tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **self._variables,
+            )
+
+        return str(_guarded(render))
+
+    def _trimmed(self, text: str, span: Span) -> Span:
+        """A span without what the prompt for an answer ends with, and without white space after an end token."""
+        start, stop = span
+        if self._prompt:
+            found = text.find(self._prompt, max(0, start - len(self._prompt)), start + len(self._prompt))
+            if found >= 0 and start < found + len(self._prompt) <= stop:
+                start = found + len(self._prompt)
+        spoken = text[start:stop].rstrip()
+        if any(map(spoken.endswith, self._ends)):
+            stop = start + len(spoken)
+        return start, stop
+
+    def _generation_prompt(self) -> str:
+        """What the template adds to ask for an answer."""
+        asked = Conversation(({"role": "user", "content": "x"},))
+        try:
+            without, with_prompt = (self._with_marks(asked, 1, prompt=prompt)[0] for prompt in (False, True))
+        except DataError:  # a template that does not take this conversation may well take those of the data
+            return ""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(without, with_prompt, strict=False))
+        return with_prompt[len(list(same)) :]
+
+    def _rewritten(self, turn: int) -> DataError:
+        return DataError(
+            f"the chat template rewrites earlier turns when turn {turn + 1} is added, so the tokens of the assistant "
+            "cannot be told apart; use a training version of the template (with {% generation %}), or data.turns: "
+            "last-turn or full"
+        )
+
+
+def _marked_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """A template with marks, and where it is from; empty if there is none for this tokenizer."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    try:
+        own = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ModelError(f"the tokenizer's chat template cannot be used: {error}") from None
+    if has_generation_markers(own):
+        return own, "marks of the tokenizer's own chat template"
+    try:
+        patched = get_training_chat_template(tokenizer)
+    except Exception:  # a ValueError for a template it does not know, and whatever an odd template raises when tried
+        patched = None
+    if patched is not None:
+        return str(patched), "marks of TRL's training version of the chat template"
+    return "", "the chat template rendered turn by turn"
+
+
+def _guarded(render: Callable[[], Any]) -> Any:
+    try:
+        return render()
+    except Exception as error:  # a template is a program of its own, and can fail in any way
+        raise DataError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _plain(values: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [dict(value) for value in values]
+
+
+def _refuse_left_out(conversation: Conversation, text: str) -> None:
+    """See that what is said to the assistant, its tool calls and the tools themselves came through the template.
+
+    Some templates pass over tool calls, tool messages or tools without a word. The longest word of each has to be
+    there: templates may trim and quote what they are given, but keep words.
+    """
+    for index, message in enumerate(conversation.messages, 1):
+        calls: Sequence[Message] = message.get("tool_calls") or ()
+        for call in calls:
+            name = call.get("function", call)["name"]
+            if name not in text:
+                raise DataError(f"the chat template leaves out tool calls (turn {index} calls '{name}')")
+        if message["role"] != "assistant" and _longest_word(message["content"]) not in text:
+            raise DataError(f"the chat template leaves out {message['role']} messages (turn {index})")
+    for tool in conversation.tools:
+        name = str(tool.get("function", tool).get("name", ""))
+        if name not in text:
+            raise DataError(f"the chat template leaves out tools ('{name}')")
+
+
+def _longest_word(text: str) -> str:
+    return max(_WORD.findall(text), key=len, default="")

@@ -1,0 +1,81 @@
+"""From what a command names, a YAML file or a run folder, to a configuration that holds wherever it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gradpursuit.config import RunConfig, load_config
+from gradpursuit.errors import RunError
+from gradpursuit.lock import holder
+from gradpursuit.sources import located
+
+
+def named_config(name: str, overrides: list[str], run_dir: str | None = None) -> RunConfig:
+    """The configuration that is meant by a YAML file or a run folder.
+
+    Raises:
+        RunError: there is no such folder.
+        ConfigError: as :func:`~gradpursuit.config.load_config`.
+    """
+    path = Path(name)
+    if not path.exists() and path.suffix not in (".yaml", ".yml"):
+        raise RunError(f"{path}: no such run folder; `gradpursuit warmup CONFIG.yaml` begins one")
+    return read_config(path / "config.yaml" if path.is_dir() else path, overrides, run_dir)
+
+
+def begun_config(name: str, overrides: list[str]) -> RunConfig:
+    """The configuration of a run that was begun, by its folder.
+
+    Raises:
+        RunError: it is none.
+        ConfigError: as :func:`~gradpursuit.config.load_config`.
+    """
+    return read_config(run_folder(name) / "config.yaml", overrides)
+
+
+def run_folder(name: str) -> Path:
+    """The folder of a run that was begun.
+
+    Raises:
+        RunError: it is none.
+    """
+    path = Path(name)
+    if path.is_file():
+        where = f"run_dir of the configuration, or runs/{path.stem}"
+        raise RunError(f"{path}: a file; give the run folder instead: {where}")
+    if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
+        if owner := holder(path):
+            raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
+        lacking = " and ".join(name for name in ("config.yaml", "manifest.json") if not (path / name).is_file())
+        what = "no such folder" if not path.exists() else f"not a run folder, or a damaged one: it holds no {lacking}"
+        raise RunError(f"{path}: {what}; `gradpursuit run CONFIG.yaml` begins one")
+    return path
+
+
+def read_config(path: Path, overrides: list[str], run_dir: str | None = None) -> RunConfig:
+    """Read a configuration; paths become absolute, so that a saved one can be replayed from anywhere.
+
+    The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
+    names another.
+    """
+    if run_dir is None and (path.parent / "manifest.json").is_file():
+        run_dir = str(path.parent)
+    if run_dir is not None:
+        overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for
+    config = load_config(path, overrides)
+    data, model = config.data, Path(config.model.path).expanduser()
+    files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
+    absolute = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
+    return config.model_copy(
+        update={
+            "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
+            "data": data.model_copy(update=absolute),
+            "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
+            "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
+        }
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,193 @@
+"""From what the configuration says to the files, folders and hub data sets that are read, and how they are known again.
+
+Nothing is opened here but to be hashed.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gradpursuit.config import SourceSection
+from gradpursuit.errors import DataError
+from gradpursuit.files import sha256_of, stamp_of
+
+Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
+_SUFFIXES: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+}
+_SAVED = ("state.json", "dataset_dict.json")  # one of them is in every folder of `save_to_disk`
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file, saved folder or hub data set.
+
+    Attributes:
+        path: of the file or folder, or the hub id.
+        kind: how it is read; a file without a known ending is JSON Lines.
+        source: what the configuration says about it.
+    """
+
+    path: str
+    kind: Kind
+    source: SourceSection
+
+    @property
+    def name(self) -> str:
+        """What its rows are counted and grouped under."""
+        return self.source.name or self.path
+
+
+def expand(sources: Sequence[SourceSection]) -> list[Input]:
+    """Every input that the sources name, in order; the matches of a glob by name.
+
+    Raises:
+        DataError: a glob matches nothing, a folder is none of `save_to_disk`, or an input is named twice.
+    """
+    found = [made for source in sources for made in _expand(source)]
+    places: dict[tuple[str, str], Input] = {}
+    for made in found:
+        key = (made.path, str(made.source.options))
+        if key in places:
+            raise DataError(f"{made.path}: is named twice (by '{places[key].source.path}' and '{made.source.path}')")
+        places[key] = made
+    return found
+
+
+def _expand(source: SourceSection) -> Iterator[Input]:
+    path = Path(source.path).expanduser()
+    if path.exists() or not glob.has_magic(source.path):
+        yield _input(str(path) if path.exists() else source.path, source)
+        return
+    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    matches = [match for match in matches if Path(match).is_file() or _is_saved(Path(match))]
+    if not matches:
+        raise DataError(f"{source.path}: no file matches; in quotes a shell leaves the pattern as it is")
+    for match in matches:
+        yield _input(match, source)
+
+
+def _input(name: str, source: SourceSection) -> Input:
+    path = Path(name)
+    if path.is_dir():
+        if not _is_saved(path):
+            raise DataError(
+                f"{name}: a folder, but not one that datasets.save_to_disk wrote; name the files in it, as in "
+                f"{name}/*.jsonl"
+            )
+        return Input(name, "saved", source)
+    if is_hub_id(name):
+        return Input(name, "hub", source)
+    ending = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    return Input(name, _SUFFIXES.get(ending.lower(), "jsonl"), source)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` can only be the id of a data set on the hub: `owner/name`, and nothing of that name here."""
+    return bool(_HUB_ID.fullmatch(name)) and Path(name).suffix.lower() not in _SUFFIXES and not Path(name).exists()
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in _SAVED)
+
+
+def located(source: SourceSection) -> SourceSection:
+    """The same source by its :func:`located_path`."""
+    return source.model_copy(update={"path": located_path(source.path)})
+
+
+def located_path(path: str) -> str:
+    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is."""
+    return path if is_hub_id(path) else str(Path(path).expanduser().resolve())
+
+
+Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path
+
+
+def content_hashes(
+    splits: Mapping[str, Sequence[SourceSection]], known: Hashes, stamps: Mapping[str, list[int]] | None = None
+) -> dict[str, dict[str, str]]:
+    """The hashes of all that the sources of some splits are made of.
+
+    What is `known` is taken if it is gone, or is what its stamp says.
+
+    Raises:
+        DataError: a glob matches nothing, and no known file either.
+        RunError: a file cannot be read, and what was in it is not known.
+    """
+    stamps, found = stamps or {}, {}
+    for name, sources in splits.items():
+        before = known.get(name, {})
+        found[name] = {
+            path: before[path] if path in before and stamp(path) in ([], stamps.get(path)) else _content_hash(path)
+            for path in paths(sources, before)
+        }
+    return found
+
+
+def paths(sources: Sequence[SourceSection], known: Iterable[str]) -> Iterator[str]:
+    """Of every file, saved folder and hub id that the sources are made of.
+
+    A glob that matches nothing any more stands for what is `known` to have matched it.
+
+    Raises:
+        DataError: it matches none of those either.
+    """
+    for source in sources:
+        try:
+            yield from [made.path for made in _expand(source)]
+        except DataError:
+            gone = [path for path in known if fnmatch.fnmatch(path, source.path)]
+            if not gone:
+                raise
+            yield from gone
+
+
+def stamp(path: str) -> list[int]:
+    """Size, and time of the last change, of what lies at a path; empty if nothing does."""
+    if not Path(path).is_dir():
+        return stamp_of(path)
+    found = [stamp_of(str(file)) for file in _files(Path(path))]
+    return [sum(size for size, _ in found), max(changed for _, changed in found)]
+
+
+def gone_note(hashes: Hashes) -> str:
+    """What there is to say of files that are not there any more, though what was made of them is."""
+    named = dict.fromkeys(path for split in hashes.values() for path in split)
+    return missing_note(path for path in named if not is_hub_id(path))
+
+
+def missing_note(names: Iterable[str]) -> str:
+    """The same of files and folders by name."""
+    gone = [path for path in names if not Path(path).exists()]
+    return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
+
+
+def _content_hash(path: str) -> str:
+    """sha256 (hex) of what lies at a path; a hub id stands for content that is not at hand."""
+    if is_hub_id(path):
+        return hashlib.sha256(path.encode()).hexdigest()
+    folder = Path(path)
+    if not folder.is_dir():
+        return sha256_of(folder)
+    listing = "".join(f"{file.relative_to(folder).as_posix()} {sha256_of(file)}\n" for file in _files(folder))
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
