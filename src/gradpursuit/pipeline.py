@@ -129,10 +129,10 @@ class Run:
         return files
 
     def written(self, first: str, upto: str) -> list[Path]:
-        """Folders and files of the stages from `first` to `upto` that are there."""
+        """Folders and files of the stages from `first` to `upto` that are there and worth naming."""
         names = [stage.name for stage in STAGES]
         found = [*STAGES[names.index(first) : names.index(upto) + 1]]
-        paths = [path for stage in found for path in self._paths((*stage.owns, *stage.writes))]
+        paths = [path for stage in found for path in self._paths(stage.shows or (*stage.owns, *stage.writes))]
         return [path for path in dict.fromkeys(paths) if path.exists()]
 
     def added_targets(self) -> list[str]:

@@ -47,6 +47,7 @@ class Stage:
             sha256 is compared.
         check: refuses, before anything is changed, what it could not do.
         plan: what it is going to write, for whoever looks on from outside.
+        shows: which of its files and folders a summary names; empty: all.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Stage:
     intact: Callable[[Run, bool], bool] | None = None
     check: Callable[[Run], None] | None = None
     plan: Callable[[Run], dict[str, Any]] | None = None
+    shows: tuple[str, ...] = ()
 
 
 def _data(run: Run) -> dict[str, Any]:
@@ -201,7 +203,15 @@ STAGES = (
         _selection,
         check=_check_budget,
     ),
-    Stage("export", "export", (EACH + EXPORT_FOLDER,), tuple(EACH + name for name in EXPORT_FILES), (), export),
+    Stage(
+        "export",
+        "export",
+        (EACH + EXPORT_FOLDER,),
+        tuple(EACH + name for name in EXPORT_FILES),
+        (),
+        export,
+        shows=(EACH + EXPORT_FILES[0],),
+    ),
     Stage(
         "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
     ),
