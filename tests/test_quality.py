@@ -42,13 +42,13 @@ ORDER = {
             ("selection",),
             ("evaluation",),
             ("gradient_stage",),
-            ("comparison_stage",),
+            ("comparison_stage", "export_stage"),
             ("report",),
             ("stages",),
             ("targets",),
             ("pipeline",),
             ("status", "console", "verify", "estimate", "opening"),
-            ("quickstart",),
+            ("quickstart", "export_verb"),
             ("cli",),
         )
     )

@@ -16,6 +16,7 @@ _LAZY = {
     "NonNegativeOMP": "gradpursuit.pursuit",
     "GradPursuitError": "gradpursuit.errors",
     "RunConfig": "gradpursuit.config",
+    "WeightedTrainer": "gradpursuit.trajectory",
 }
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "GradientTrajectoryPursuit",
     "NonNegativeOMP",
     "RunConfig",
+    "WeightedTrainer",
     "__version__",
 ]
 
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
     from gradpursuit.errors import GradPursuitError
     from gradpursuit.pursuit import GradientTrajectoryPursuit, NonNegativeOMP
-    from gradpursuit.trajectory import GradientTrajectoryCallback
+    from gradpursuit.trajectory import GradientTrajectoryCallback, WeightedTrainer
 
 
 def __getattr__(name: str) -> Any:

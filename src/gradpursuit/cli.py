@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from gradpursuit import __version__
 from gradpursuit.console import at_work, console, quiet_libraries
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
+from gradpursuit.export_verb import add_export_flags, asks_for_budget, export_with_budget
 
 if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
@@ -23,7 +24,7 @@ STAGE_VERBS = {
     "warmup": ("data", "trajectory", "clean the data and train the warm-up trajectory"),
     "collect": ("gradients", "gradients", "collect the gradients of pool and target along the trajectory"),
     "select": ("selection", "selection", "choose the examples with every configured strategy"),
-    "export": ("export", "export", "write selected.jsonl for every strategy"),
+    "export": ("export", "export", "write the chosen rows for trainers, all of them or as many as a budget buys"),
     "compare": ("evaluation", "report", "fine-tune on every selection, score held-out examples, write the report"),
 }
 NEXT = {"trajectory": "collect", "gradients": "select", "selection": "export", "export": "compare"}
@@ -75,7 +76,11 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if getattr(arguments, "targets", None):
         overrides = [*overrides, f"evaluation.targets={json.dumps(arguments.targets.split(','))}"]
     quiet_libraries()
-    _execute(arguments, named_config(arguments.run, overrides, arguments.run_dir), last, first)
+    config = named_config(arguments.run, overrides, arguments.run_dir)
+    if asks_for_budget(arguments):
+        export_with_budget(arguments, config)
+    else:
+        _execute(arguments, config, last, first)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -260,6 +265,8 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         _add_run_dir(verb)
         if name == "compare":
             verb.add_argument("--targets", metavar="A,B", help="targets that were added, and `own`: evaluation.targets")
+        if name == "export":
+            add_export_flags(verb)
         verb.set_defaults(verb=stage, name=name)
     text = "show how far every stage is: state, rows done, rate and time left"
     verb = verbs.add_parser("status", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.config import OWN
+from gradpursuit.config import OWN, rows_of
 from gradpursuit.errors import SelectionError
 from gradpursuit.gradient_stage import choosable, load_problem, tuned_model
-from gradpursuit.manifest import digest_of
+from gradpursuit.manifest import SELECTION_FORMAT, digest_of
 
 if TYPE_CHECKING:
     from gradpursuit.evaluation.compare import Arm, Setting
@@ -90,7 +88,7 @@ def targets_fingerprint(run: Run) -> dict[str, str]:
 def budgets(run: Run) -> list[int]:
     """k of every budget, ascending; shares of the cleaned pool are rounded up."""
     pool, wanted = run.table("pool"), run.config.evaluation.budgets
-    found = [budget if isinstance(budget, int) else math.ceil(budget * len(pool)) for budget in wanted]
+    found = [rows_of(budget, len(pool)) for budget in wanted]
     return sorted(set(found)) or [run.budget(pool)]
 
 
@@ -154,7 +152,7 @@ def _subsets(run: Run, k: int, folder: Path) -> Subsets:
             problem, candidates = loaded = loaded or load_problem(run)
             draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
             made = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-            write_selection(place, [replace(one, indices=candidates[one.indices]) for one in made], pool)
+            write_selection(place, [one.within(candidates) for one in made], pool)
             logger.info("%s: %d of %d examples chosen for %s", strategy.name, len(made[0].indices), k, folder.name)
         found[strategy.name] = read_selection(place, pool)
     return found
@@ -170,6 +168,7 @@ def _fingerprint(run: Run, strategy: str, k: int) -> str:
             "target": run.target.fingerprint() if run.target else None,
             "pursuit": run.config.pursuit.model_dump(mode="json"),
             "draws": run.config.evaluation.seeds,
+            "format": SELECTION_FORMAT,
             "strategy": strategy,
             "k": k,
         }

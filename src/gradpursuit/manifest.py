@@ -17,6 +17,7 @@ from gradpursuit.errors import RunError
 from gradpursuit.files import read_json, sha256_of, write_json
 
 FORMAT = 1
+SELECTION_FORMAT = 2  # of the files of a selection; those in another format are made anew
 State = Literal["new", "unfinished", "outdated", "damaged", "complete"]
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors")
 

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.comparison_stage import targets_fingerprint
-from gradpursuit.config import RunConfig
+from gradpursuit.config import RunConfig, rows_of
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
 from gradpursuit.files import kept_if_refused, read_json, write_text
 from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
-from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.manifest import SELECTION_FORMAT, Manifest, State, digest_of
 from gradpursuit.plugins import used_distributions
 from gradpursuit.sources import content_hashes, gone_note, stamp
 from gradpursuit.stages import STAGES, Stage
@@ -89,21 +88,24 @@ class Run:
                     with self.working(stage.name):
                         self._run_stage(stage, fingerprint, state)
 
-    def require(self, upto: str, purpose: str) -> None:
+    def require(self, upto: str, purpose: str, without: Collection[str] = ()) -> None:
         """See that the stages to `upto` are complete; the rows of the gradients are counted, not read.
+
+        What the stages `without` have made need not be there any more.
 
         Raises:
             RunError: one is not; the command that completes it is named.
         """
-        if lacking := self.missing(upto):
+        if lacking := self.missing(upto, without):
             self._refuse(lacking, purpose)
 
-    def missing(self, upto: str) -> Stage | None:
+    def missing(self, upto: str, without: Collection[str] = ()) -> Stage | None:
         """The first stage up to `upto` that is not complete; the rows of the gradients are counted, not read."""
         fingerprint = ""
         for stage in STAGES[: [stage.name for stage in STAGES].index(upto) + 1]:
             fingerprint = self.fingerprint_of(stage, fingerprint)
-            if self.state(stage, fingerprint, quick=self.quick or stage.intact is not None) != "complete":
+            quick = self.quick or stage.intact is not None
+            if stage.name not in without and self.state(stage, fingerprint, quick=quick) != "complete":
                 return stage
         return None
 
@@ -127,10 +129,10 @@ class Run:
         return files
 
     def written(self, first: str, upto: str) -> list[Path]:
-        """Folders and files of the stages from `first` to `upto` that are there."""
+        """Folders and files of the stages from `first` to `upto` that are there and worth naming."""
         names = [stage.name for stage in STAGES]
         found = [*STAGES[names.index(first) : names.index(upto) + 1]]
-        paths = [path for stage in found for path in self._paths((*stage.owns, *stage.writes))]
+        paths = [path for stage in found for path in self._paths(stage.shows or (*stage.owns, *stage.writes))]
         return [path for path in dict.fromkeys(paths) if path.exists()]
 
     def added_targets(self) -> list[str]:
@@ -212,6 +214,7 @@ class Run:
         if stage.name == "gradients":
             value["features"] = feature_requests(self.config.selection)
         if stage.name == "selection":
+            value["format"] = SELECTION_FORMAT
             value["plugins"] = used_distributions(self.config.selection)
             value["target"] = self.target.fingerprint() if self.target else None
         if stage.name == "evaluation":
@@ -346,7 +349,7 @@ class Run:
             SelectionError: k is larger than the pool.
         """
         selection = self.config.selection
-        k = selection.k or math.ceil((selection.fraction or 0.05) * len(pool))
+        k = selection.k or rows_of(selection.fraction or 0.05, len(pool))
         if k > len(pool):
             raise SelectionError(
                 f"selection.k = {k}, but the cleaned pool has only {len(pool)} examples; choose a smaller k"

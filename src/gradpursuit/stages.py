@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradpursuit.comparison_stage import check_comparison, compare
 from gradpursuit.config import DataSection
 from gradpursuit.errors import DataError, SelectionError
+from gradpursuit.export_stage import EXPORT_FILES, EXPORT_FOLDER, export
 from gradpursuit.gradient_stage import (
     choosable,
     collect_gradients,
@@ -46,6 +47,7 @@ class Stage:
             sha256 is compared.
         check: refuses, before anything is changed, what it could not do.
         plan: what it is going to write, for whoever looks on from outside.
+        shows: which of its files and folders a summary names; empty: all.
     """
 
     name: str
@@ -58,11 +60,12 @@ class Stage:
     intact: Callable[[Run, bool], bool] | None = None
     check: Callable[[Run], None] | None = None
     plan: Callable[[Run], dict[str, Any]] | None = None
+    shows: tuple[str, ...] = ()
 
 
 def _data(run: Run) -> dict[str, Any]:
     from gradpursuit.data import prepare
-    from gradpursuit.selection.export import refuse_reserved_columns
+    from gradpursuit.selection.subset import refuse_reserved_columns
 
     config = run.config
     counts = prepare(config.data, run.renderer(), run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
@@ -125,7 +128,7 @@ def _selection(run: Run) -> dict[str, Any]:
         start = time.monotonic()
         draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
         found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-        chosen = [replace(selection, indices=candidates[selection.indices]) for selection in found]
+        chosen = [selection.within(candidates) for selection in found]
         seconds[strategy.name] = round(time.monotonic() - start, 3)
         write_selection(run.folder / "selection" / strategy.name, chosen, pool)
         logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
@@ -157,15 +160,6 @@ def _tell_saturation(name: str, selection: Selection, k: int) -> None:
         )
 
 
-def _export(run: Run) -> dict[str, Any]:
-    from gradpursuit.selection.export import export_jsonl
-
-    pool = run.table("pool")
-    for name, draws in run.selections().items():
-        export_jsonl(run.folder / "selection" / name / "selected.jsonl", draws[0], pool)
-    return {}
-
-
 def _report(run: Run) -> dict[str, Any]:
     from gradpursuit.report import write_report
 
@@ -177,7 +171,7 @@ DATA = (
     *(f"data.{name}" for name in DataSection.model_fields if name not in ("pool", "target", "heldout")),
     "evaluation.holdout",
 )
-EACH = "selection/{strategy}/selected.jsonl"
+EACH = "selection/{strategy}/"
 STAGES = (
     Stage(
         "data",
@@ -209,7 +203,15 @@ STAGES = (
         _selection,
         check=_check_budget,
     ),
-    Stage("export", "export", (), (EACH,), (), _export),
+    Stage(
+        "export",
+        "export",
+        (EACH + EXPORT_FOLDER,),
+        tuple(EACH + name for name in EXPORT_FILES),
+        (),
+        export,
+        shows=(EACH + EXPORT_FILES[0],),
+    ),
     Stage(
         "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
     ),

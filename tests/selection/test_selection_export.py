@@ -7,15 +7,9 @@ import numpy as np
 import pytest
 
 from gradpursuit.data import Row, Table
-from gradpursuit.errors import RunError, SelectionError
+from gradpursuit.errors import RunError
 from gradpursuit.selection import Selection
-from gradpursuit.selection.export import (
-    copies_chosen,
-    export_jsonl,
-    read_selection,
-    refuse_reserved_columns,
-    write_selection,
-)
+from gradpursuit.selection.export import copies_chosen, read_selection, write_selection
 
 
 def row(name: str, digest: str | None = None, **columns: object) -> Row:
@@ -28,7 +22,9 @@ def pool() -> Table:
 
 
 def selection() -> Selection:
-    return Selection(np.array([4, 0, 2]), np.array([1.5, 1.0, 0.5]), np.array([1, 1, 2]), {"path": [], "passes": 3})
+    path = (Selection.ranked([0]), Selection(np.array([4, 0]), np.array([1.25, 0.75]), np.array([1, 2])))
+    evidence = {"path": [], "passes": 3}
+    return Selection(np.array([4, 0, 2]), np.array([1.5, 1.0, 0.5]), np.array([1, 1, 2]), evidence, path)
 
 
 def test_selections_come_back_as_they_were(tmp_path: Path) -> None:
@@ -36,7 +32,9 @@ def test_selections_come_back_as_they_were(tmp_path: Path) -> None:
     write_selection(tmp_path, draws, pool())
     again = read_selection(tmp_path, pool())
     assert len(again) == 2
-    for before, after in zip(draws, again, strict=True):
+    assert [len(after.path) for after in again] == [2, 0]
+    pairs = [*zip(draws, again, strict=True), *zip(draws[0].path, again[0].path, strict=True)]
+    for before, after in pairs:
         assert before.indices.tolist() == after.indices.tolist()
         assert before.weights.tolist() == after.weights.tolist()
         assert before.layers.tolist() == after.layers.tolist()
@@ -49,25 +47,6 @@ def test_a_selection_of_another_pool_is_refused(tmp_path: Path) -> None:
         read_selection(tmp_path, Table(list(pool())[::-1]))
     with pytest.raises(RunError, match="no readable selection"):
         read_selection(tmp_path / "elsewhere", pool())
-
-
-def test_export_keeps_every_column_and_the_order_of_the_pool(tmp_path: Path) -> None:
-    export_jsonl(tmp_path / "selected.jsonl", selection(), pool())
-    rows = [json.loads(line) for line in (tmp_path / "selected.jsonl").read_text("utf-8").splitlines()]
-    assert [r["id"] for r in rows] == ["a", "c", "e"]
-    assert [r["rank"] for r in rows] == [2, 3, 1]
-    assert [r["weight"] for r in rows] == [1.0, 0.5, 1.5]
-    assert [r["layer"] for r in rows] == [1, 2, 1]
-    for r in rows:
-        assert r["tags"] == ["ä", None]
-        assert r["nested"] == {"x": 1}
-        assert r["prompt"] == f"p {r['id']}"
-
-
-def test_columns_that_the_export_adds_are_refused_in_the_pool() -> None:
-    refuse_reserved_columns(pool())
-    with pytest.raises(SelectionError, match=r"pool\.jsonl:1: the column 'weight'"):
-        refuse_reserved_columns(Table([row("a", weight=2)]))
 
 
 def test_copies_are_counted_by_text_and_by_the_duplicate_of_column() -> None:

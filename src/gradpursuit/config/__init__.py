@@ -18,7 +18,7 @@ from gradpursuit.config.sections import (
     SelectionSection,
     WarmupSection,
 )
-from gradpursuit.config.values import OWN, Fraction, Number, Section, Whole, target_name
+from gradpursuit.config.values import OWN, Fraction, Number, Section, Whole, rows_of, target_name
 
 __all__ = [
     "OWN",
@@ -43,5 +43,6 @@ __all__ = [
     "build_config",
     "build_section",
     "load_config",
+    "rows_of",
     "target_name",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction as Ratio
+from math import ceil
 from typing import Annotated, Any
 
 import yaml
@@ -42,6 +44,13 @@ def _budget(value: Any) -> Any:
 
 
 Budget = Annotated[int | float, BeforeValidator(_budget)]
+
+
+def rows_of(budget: float, rows: int) -> int:
+    """A budget in rows: a count as it is, a share of `rows` rounded up, as if it had been written as a ratio."""
+    return budget if isinstance(budget, int) else ceil(Ratio(str(budget)) * rows)
+
+
 OWN = "own"  # the target of data.target, among those that were added
 
 

@@ -11,10 +11,8 @@ from numpy.typing import NDArray
 
 from gradpursuit.gradient_stage import load_problem
 from gradpursuit.gradients.preconditioner import Preconditioner
-from gradpursuit.pursuit import BudgetPath, nnls
-from gradpursuit.pursuit.loop import FINAL, Layer
-from gradpursuit.pursuit.problem import PursuitProblem
-from gradpursuit.selection import Selection, SelectionProblem
+from gradpursuit.pursuit import nnls
+from gradpursuit.selection import SelectionProblem
 from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
 
 if TYPE_CHECKING:
@@ -110,21 +108,6 @@ class Explainer:
         examples = np.concatenate([scale[t] * target.at(t).T if single else np.empty((d, 0)) for t in range(len(mean))])
         columns = np.asarray(matrix.columns(np.arange(len(indices))), dtype=np.float64)
         return Match(columns, b, examples, blocks, self._ridge(matrix, mean))
-
-    def path(self, selection: Selection) -> BudgetPath:
-        """Every budget up to that of `selection`, its layers pruned and refitted: no row of another kind is read."""
-        order = np.argsort(selection.indices)
-        mean = self._problem.target[self._kind.for_target.label].group_mean(self._problem.groups)
-        matrix, b = self._stack(self._problem, self._features.take(self._rows(selection.indices[order])), mean)
-        alpha = self._ridge(matrix, mean) / float(matrix.squared_norms().mean())
-        problem = PursuitProblem(matrix, b, alpha, len(order))
-        layers = []
-        for number in np.unique(selection.layers).tolist():
-            ids = np.flatnonzero(selection.layers[order] == number)
-            problem.held.load(ids)
-            layers.append(Layer(problem.fit(ids, selection.weights[order][ids, None], None, FINAL), []))
-        problem.held.release()
-        return BudgetPath([(problem, layers)])
 
     def top(self, k: int) -> Ints:
         """Positions in the pool's table, ascending, of the `k` rows that correlate most with the target: one pass."""

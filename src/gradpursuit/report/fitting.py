@@ -1,4 +1,4 @@
-"""What a report says that needs the gradients: fit, budgets, copies, whom a row serves, the wrong-target control."""
+"""What a report says that needs the gradients: fit, copies, whom a row serves, the wrong-target control."""
 
 from __future__ import annotations
 
@@ -76,23 +76,6 @@ class Fitting:
                 for number, (name, direction) in enumerate(directions.items())
             ],
             "strategies": {name: other.residual(other.refit()) for name, other in self._matches.items()},
-        }
-
-    def budgets(self) -> dict[str, Any]:
-        """Relative residual against budget, and the knee.
-
-        Raises:
-            AbsentError: the strategy is no pursuit.
-        """
-        if "path" not in self._selection.evidence:
-            raise AbsentError(f"'{self._name}' ranks rows one by one: it has no path of budgets")
-        path = self._explainer.path(self._selection)
-        knee = path.knee()
-        return {
-            "strategy": self._name,
-            "path": [{"budget": b, "relative_residual": subset.relative_residual} for b, subset in path],
-            "knee": {"budget": knee.budget, "rule": knee.rule, "relative_residual": knee.relative_residual},
-            "passes": self._selection.evidence["path"],
         }
 
     def duplicates(self) -> dict[str, Any]:

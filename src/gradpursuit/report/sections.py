@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from scipy.stats import ks_2samp
 
 from gradpursuit.data import IGNORE, Row, Table
+from gradpursuit.report.absent import AbsentError
 from gradpursuit.report.texts import FIELDS, blocks
 from gradpursuit.selection import Selection
 from gradpursuit.selection.export import copies_chosen
@@ -147,6 +148,23 @@ def weights(selection: Selection) -> dict[str, Any]:
         "smallest": float(falling[-1]),
         "top_tenth": {"rows": tenth, "share": float(share[tenth - 1])},
         "falling": falling.tolist(),
+    }
+
+
+def budgets(selection: Selection, strategy: str) -> dict[str, Any]:
+    """Relative residual against budget, and the knee.
+
+    Raises:
+        AbsentError: the strategy is no pursuit.
+    """
+    evidence = selection.evidence
+    if "budgets" not in evidence:
+        raise AbsentError(f"'{strategy}' ranks rows one by one: it has no path of budgets")
+    return {
+        "strategy": strategy,
+        "path": evidence["budgets"],
+        "knee": evidence["knee"],
+        "passes": evidence["path"],
     }
 
 

@@ -10,6 +10,7 @@ from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gradpursuit.evaluation.findings import Line
+    from gradpursuit.export_stage import Exported
     from gradpursuit.verify import StoreCheck
 
 
@@ -80,6 +82,19 @@ def comparison_table(lines: Sequence[Line]) -> Table:
             f"{line.after:.3f}",
             "" if line.exact_match is None else f"{line.exact_match:.2f}",
         )
+    return table
+
+
+def export_table(exported: Exported) -> Table:
+    """What a budget bought of every strategy's selection; the budget, and how it was found, is the title."""
+    table = Table(title=escape(str(exported.budget)))
+    table.add_column("strategy", no_wrap=True)
+    for name in ("rows", "tokens", "supervised", "rows, repeated"):
+        table.add_column(name, justify="right")
+    for strategy, found in exported.figures.items():
+        tokens = found["tokens"]
+        numbers = (found["rows"], tokens["total"], tokens["supervised"], found["repeated"])
+        table.add_row(strategy, *(f"{number:,}" for number in numbers))
     return table
 
 

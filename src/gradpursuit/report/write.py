@@ -76,8 +76,8 @@ def _about_selection(run: Run, full: bool) -> Parts:
     """The parts about the chosen rows; about the primary strategy: the first one that pursues, or the first."""
     from gradpursuit.report.fitting import Fitting
 
-    plain = ("strategies", "mixes", "lengths", "weights")
-    by_gradient = ("fit", "budgets", "duplicates", "rows", "targets", "control")
+    plain = ("strategies", "mixes", "lengths", "weights", "budgets")
+    by_gradient = ("fit", "duplicates", "rows", "targets", "control")
     try:
         require(run, "selection")
     except AbsentError as absent:
@@ -89,6 +89,7 @@ def _about_selection(run: Run, full: bool) -> Parts:
         "mixes": partial(sections.mixes, pool, selections),
         "lengths": partial(sections.lengths, pool, selections),
         "weights": lambda: {"strategy": primary, **sections.weights(selections[primary][0])},
+        "budgets": partial(sections.budgets, selections[primary][0], primary),
     }
     try:
         fitting = Fitting(run, pool, selections, primary, full=full)

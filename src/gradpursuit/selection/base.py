@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -33,13 +33,21 @@ class Selection:
         indices: int64 [k], positions in the pool, in the order of rank.
         weights: float64 [k], mean 1.
         layers: int64 [k], from 1; above 1 for what was chosen after the pursuit had saturated.
-        evidence: why and how well, as JSON values: stop reasons, residuals, the path.
+        evidence: why and how well, as JSON values: stop reasons, residuals, budgets.
+        path: what smaller budgets buy of the same choice, the smallest first; empty if the rows stand in an order
+            whose beginnings are the smaller budgets.
     """
 
     indices: NDArray[np.int64]
     weights: NDArray[np.float64]
     layers: NDArray[np.int64]
     evidence: dict[str, Any] = field(default_factory=dict)
+    path: tuple[Selection, ...] = ()
+
+    def within(self, candidates: NDArray[np.int64]) -> Selection:
+        """The same selection, made of the rows at `candidates`, by their positions in the pool."""
+        smaller = tuple(kept.within(candidates) for kept in self.path)
+        return replace(self, indices=candidates[self.indices], path=smaller)
 
     @classmethod
     def ranked(cls, indices: Sequence[int] | NDArray[np.int64], evidence: dict[str, Any] | None = None) -> Selection:

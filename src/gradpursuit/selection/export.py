@@ -1,38 +1,56 @@
-"""Selections on disk, and the files that trainers read."""
+"""Selections on disk: what was chosen, what smaller budgets buy of it, and why."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from gradpursuit.data import Table
-from gradpursuit.errors import RunError, SelectionError
+from gradpursuit.errors import RunError
 from gradpursuit.files import read_json, write_atomic, write_json
 from gradpursuit.selection.base import Selection
 
-RESERVED = ("weight", "rank", "layer")
+_PLACES = [("draw", pa.int64()), ("rank", pa.int64()), ("index", pa.int64())]
+_WEIGHTS = [("weight", pa.float64()), ("layer", pa.int64())]
+_CHOSEN = pa.schema([*_PLACES, ("id", pa.string()), ("hash", pa.string()), *_WEIGHTS])
+_KEPT = pa.schema([*_PLACES, ("subset", pa.int64()), *_WEIGHTS])
 
 
 def write_selection(folder: Path, draws: list[Selection], pool: Table) -> None:
-    """Write `selection.parquet` (draw, rank, id, hash, index, weight, layer) and `path.json` (the evidence).
+    """Write `selection.parquet` (draw, rank, id, hash, index, weight, layer), the smaller budgets, and the evidence.
 
-    `path.json` is written last: a folder that has it is complete.
+    The smaller budgets go to `path.parquet` (draw, subset, rank, index, weight, layer; subsets from the smallest on),
+    the evidence to `path.json`, which is written last: a folder that has it is complete.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in ("draw", "rank", "id", "hash", "index", "weight", "layer")}
-    for draw, selection in enumerate(draws):
-        for rank, index in enumerate(selection.indices.tolist(), 1):
-            row = pool[index]
-            values = (draw, rank, row.id, row.hash, index, selection.weights[rank - 1], selection.layers[rank - 1])
-            for name, value in zip(columns, values, strict=True):
-                columns[name].append(value)
-    with write_atomic(folder / "selection.parquet") as file:
-        pq.write_table(pa.table(columns), file)
+    chosen = [{"draw": draw, **line} for draw, selection in enumerate(draws) for line in _lines(selection)]
+    for line in chosen:
+        row = pool[line["index"]]
+        line.update(id=row.id, hash=row.hash)
+    kept = [
+        {"draw": draw, "subset": number, **line}
+        for draw, selection in enumerate(draws)
+        for number, subset in enumerate(selection.path, 1)
+        for line in _lines(subset)
+    ]
+    for name, lines, schema in (("selection", chosen, _CHOSEN), ("path", kept, _KEPT)):
+        with write_atomic(folder / f"{name}.parquet") as file:
+            pq.write_table(pa.Table.from_pylist(lines, schema=schema), file)
     write_json(folder / "path.json", [selection.evidence for selection in draws])
+
+
+def _lines(selection: Selection) -> list[dict[str, Any]]:
+    columns = (selection.indices.tolist(), selection.weights.tolist(), selection.layers.tolist())
+    return [
+        {"rank": rank, "index": index, "weight": weight, "layer": layer}
+        for rank, (index, weight, layer) in enumerate(zip(*columns, strict=True), 1)
+    ]
 
 
 def read_selection(folder: Path, pool: Table) -> list[Selection]:
@@ -41,50 +59,35 @@ def read_selection(folder: Path, pool: Table) -> list[Selection]:
     Raises:
         RunError: it is missing, or its ids are not those of the pool.
     """
-    try:
-        columns = pq.read_table(folder / "selection.parquet").to_pydict()
-    except (OSError, pa.ArrowException) as error:
-        raise RunError(f"{folder}: no readable selection ({error}); run the selection again") from None
+    chosen, kept = _columns(folder / "selection.parquet"), _columns(folder / "path.parquet")
     evidence = read_json(folder / "path.json")
-    index = np.asarray(columns["index"], dtype=np.int64)
-    if any(i >= len(pool) or pool[i].id != name for i, name in zip(index.tolist(), columns["id"], strict=True)):
+    ids = pool.ids
+    named = zip(chosen["index"].tolist(), chosen["id"].tolist(), strict=True)
+    if any(i >= len(pool) or ids[i] != name for i, name in named):
         raise RunError(f"{folder}: was made from another pool; run the selection again")
-    draw = np.asarray(columns["draw"])
-    weights, layers = np.asarray(columns["weight"], dtype=np.float64), np.asarray(columns["layer"], dtype=np.int64)
     return [
-        Selection(index[draw == d], weights[draw == d], layers[draw == d], evidence[d]) for d in range(len(evidence))
+        replace(
+            _selection(chosen, chosen["draw"] == draw),
+            evidence=evidence[draw],
+            path=tuple(
+                _selection(kept, (kept["draw"] == draw) & (kept["subset"] == number))
+                for number in np.unique(kept["subset"][kept["draw"] == draw])
+            ),
+        )
+        for draw in range(len(evidence))
     ]
 
 
-def export_jsonl(path: Path, selection: Selection, pool: Table) -> None:
-    """Write the chosen rows in pool order, every original column kept, plus `id`, `weight`, `rank` and `layer`."""
-    order = np.argsort(selection.indices, kind="stable")
-    lines = []
-    for position in order.tolist():
-        row = pool[int(selection.indices[position])]
-        added = {
-            "weight": float(selection.weights[position]),
-            "rank": position + 1,
-            "layer": int(selection.layers[position]),
-        }
-        lines.append(json.dumps({"id": row.id, **row.columns, **added}, ensure_ascii=False) + "\n")
-    with write_atomic(path) as file:
-        file.write("".join(lines).encode())
+def _columns(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise RunError(f"{path.parent}: no readable selection ({error}); run the selection again") from None
+    return {name: table[name].to_numpy() for name in table.column_names}
 
 
-def refuse_reserved_columns(pool: Table) -> None:
-    """The export adds columns; a pool that has them already is refused before any work is done.
-
-    Raises:
-        SelectionError: naming the first such row.
-    """
-    for row in pool:
-        taken = [name for name in RESERVED if name in row.columns]
-        if taken:
-            raise SelectionError(
-                f"{row.file}:{row.line}: the column '{taken[0]}' is also the name of a column that the export "
-                "adds; rename it in the pool"
-            )
+def _selection(columns: Mapping[str, NDArray[Any]], here: NDArray[np.bool_]) -> Selection:
+    return Selection(columns["index"][here], columns["weight"][here], columns["layer"][here])
 
 
 def copies_chosen(selection: Selection, pool: Table) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from gradpursuit.config import PursuitSection
 from gradpursuit.errors import SelectionError
 from gradpursuit.gradients.preconditioner import Preconditioner, PreconditionerLabel
-from gradpursuit.pursuit import GradientTrajectoryPursuit
+from gradpursuit.pursuit import GradientTrajectoryPursuit, Subset
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
 from gradpursuit.selection.scores import settings_of
 
@@ -64,7 +64,7 @@ def preconditioner_of(label: PreconditionerLabel | None, settings: Settings) -> 
 
 
 def pursuit_evidence(solver: Any) -> dict[str, Any]:
-    """Passes, stop reasons, optimality and path of a fitted pursuit, as JSON values."""
+    """Passes, stop reasons, optimality and iterations of a fitted pursuit, as JSON values."""
     return {
         "passes": int(solver.n_iter_),
         "stop_reason": list(solver.stop_reason_),
@@ -75,14 +75,24 @@ def pursuit_evidence(solver: Any) -> dict[str, Any]:
 
 
 def from_solver(solver: Any, evidence: dict[str, Any]) -> Selection:
-    """The support of a fitted pursuit, with weights of mean 1.
+    """The support of a fitted pursuit and of the budgets on its path, with weights of mean 1; the knee.
 
     Raises:
         SelectionError: the support is empty.
     """
     require_support(solver.support_)
-    weights = solver.coef_[solver.support_]
-    return Selection(np.asarray(solver.support_), weights / weights.mean(), np.asarray(solver.layers_), evidence)
+    kept = dict(solver.path_)
+    budgets = [
+        {"budget": budget, "relative_residual": float(subset.relative_residual), "objective": float(subset.objective)}
+        for budget, subset in kept.items()
+    ]
+    evidence = {**evidence, "budgets": budgets, "knee": solver.knee()._asdict()}
+    smaller = [_selection(subset) for budget, subset in kept.items() if budget < len(solver.path_)]
+    return replace(_selection(solver.path_.whole()), evidence=evidence, path=tuple(smaller))
+
+
+def _selection(subset: Subset) -> Selection:
+    return Selection(subset.support, subset.weights / subset.weights.mean(), subset.layers)
 
 
 def require_support(support: Any) -> None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gradpursuit.trajectory.callback import GradientTrajectoryCallback
+    from gradpursuit.trajectory.weighted import WeightedTrainer
 
-__all__ = ["GradientTrajectoryCallback"]
+__all__ = ["GradientTrajectoryCallback", "WeightedTrainer"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from gradpursuit.trajectory.callback import GradientTrajectoryCallback
 
         return GradientTrajectoryCallback
+    if name == "WeightedTrainer":
+        from gradpursuit.trajectory.weighted import WeightedTrainer
+
+        return WeightedTrainer
     raise AttributeError(f"module 'gradpursuit.trajectory' has no attribute '{name}'")
