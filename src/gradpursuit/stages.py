@@ -134,9 +134,9 @@ def _check_collecting(run: Run) -> None:
             f"selection.strategies: {', '.join(names)} by Adam's moments, which the trajectory has not: {reasons[0]}"
         )
     settings, needed = run.config.gradients, 0
-    shape = (len(checkpoints), settings.dim, settings.store_dtype, settings.shard_rows, {})
     for split in splits(run):
-        whole = StoreSpec(tuple(split.table.ids), *shape).nbytes
+        ids = tuple(split.table.ids)
+        whole = StoreSpec(ids, len(checkpoints), settings.dim, settings.store_dtype, settings.shard_rows, {}).nbytes
         for kind in split.gradients:  # in place of what is there of it
             present = sum(path.stat().st_size for path in (split.folder / kind.label).rglob("*.safetensors"))
             needed += max(0, whole - present)
