@@ -82,7 +82,8 @@ def kept_if_refused(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[
                 if content is None:
                     path.unlink(missing_ok=True)
                 else:
-                    write_text(path, content.decode())
+                    with write_atomic(path) as file:
+                        file.write(content)
             for path, place in aside.items():
                 if place.exists():
                     shutil.rmtree(path, ignore_errors=True)

@@ -161,7 +161,9 @@ class Run:
         anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
         config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
         new = config.is_file() and not self.manifest.has_finished(stage.name)  # what it does now shows how far it got
-        with kept_if_refused([config] if new else [config, manifest], self._paths(stage.owns) if anew else []):
+        # What goes on with its outputs changes them before it can refuse: its journal, its plan.
+        changed = [manifest, *(self._outputs(stage) if stage.keep == "always" else [])]
+        with kept_if_refused([config, *([] if new else changed)], self._paths(stage.owns) if anew else []):
             write_text(config, self.config.dump())
             self.manifest.begin(stage.name, fingerprint, self.config.seed, stage.plan(self) if stage.plan else None)
             start = time.monotonic()
