@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,30 @@ def test_what_cannot_be_met_is_one_message(
     before = sorted((exported.run_dir / "exports").rglob("*"))
     assert words in refused(exported, capsys, *flags)
     assert sorted((exported.run_dir / "exports").rglob("*")) == before
+
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+
+
+def test_the_commands_of_the_readme_work(exported: Job) -> None:
+    section = README.partition("## Budgets and files for trainers")[2].partition("\n## ")[0]
+    commands = re.findall(r"^gradpursuit (.*?)\s+#", section, re.MULTILINE)
+    assert len(commands) == 5
+    small = {"runs/my-task": str(exported.run_dir), "100000": "60", "50": "5"}
+    for command in commands[1:]:  # the first is a stage, which the fixture has run
+        assert main([*(small.get(word, word) for word in shlex.split(command)), "--quiet"]) == 0
+
+
+def test_the_trainer_of_the_readme_trains(
+    exported: Job, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = next(text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "WeightedTrainer" in text)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("my-model", str(tiny_path)).replace("runs/my-task", str(exported.run_dir))
+    code = code.replace('("tuned"', '("tuned", max_steps=2, use_cpu=True, report_to=[], save_strategy="no"')
+    names: dict[str, Any] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["trainer"].state.global_step == 2
 
 
 @pytest.mark.parametrize("name", ["selected.jsonl", "selected.parquet", "repeated.jsonl"])
