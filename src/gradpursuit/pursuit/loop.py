@@ -127,8 +127,8 @@ class Pursuit:
         for passes in range(1, self.max_iter + 1):
             self.problem.held.keep(np.concatenate([self.pool.taken, held]))
             layer.n_iter = passes
-            scores = self.problem.scores(best)
-            candidates = self.pool.draw(scores, best.ids, count, self.problem.least_score(best))
+            ranking = self.problem.ranking(best, self.pool.excluded(best.ids))
+            candidates = self.pool.draw(ranking, best.ids, count)
             if not candidates.size:
                 layer.stop_reason = "no positive correlation"
                 return

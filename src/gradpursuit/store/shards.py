@@ -15,7 +15,8 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from gradpursuit.errors import StoreError
-from gradpursuit.files import write_atomic
+from gradpursuit.files import stored_bytes, write_atomic
 from gradpursuit.store.encoding import DTYPES, Block
 from gradpursuit.store.spec import differences
 
@@ -55,7 +56,21 @@ class ShardError(StoreError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}; collect the gradients again, whole shards are kept")
-        self.reason = reason
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type[ShardError], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a shard says of its rows: as in :class:`Shard`."""
+
+    norm: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    row: NDArray[np.int64]
+    dropped: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -118,7 +133,7 @@ def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, 
 
 
 def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), *, verify: bool) -> Shard:
-    """Memory-map a shard.
+    """Memory-map a shard; one that does not lie on a disk is read into memory.
 
     Args:
         path: the file.
@@ -128,27 +143,85 @@ def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingP
 
     Raises:
         ShardError: the file is missing, truncated, corrupt, or belongs to a store made with other settings.
+        RunError: it cannot be reached.
     """
-    try:
-        file = np.memmap(path, dtype=np.uint8, mode="r")
-        (length,) = struct.unpack("<Q", file[:8].tobytes())
-        text = file[8 : 8 + length].tobytes()
-        header = json.loads(text)
-        if text != _padded(header):
-            raise ValueError("its header is not as it was written")
-        metadata, payload = header["__metadata__"], file[8 + length :]
-        _refuse_other_length(header, len(payload))
-        if verify and metadata["sha256"] != _digest(header, payload.data):
+    with _readable(path):
+        file = _Opened(path)
+        payload = file.payload()
+        if verify and file.header["__metadata__"]["sha256"] != _digest(file.header, payload.data):
             raise ShardError(path, "its bytes do not match their checksum")
-        found, found_parts = metadata["fingerprint"], json.loads(metadata["parts"])
-        shard = _assemble(header, payload)
+        names = [name for name in file.header if name != "__metadata__"]
+        arrays = {name: _view(payload, name, file.header[name]) for name in names}
+        scale = np.array(arrays["scale"]) if "scale" in arrays else None
+        columns = {name: np.array(arrays[name]) for name in COLUMNS}
+        shard = Shard(arrays["features"], **columns, dropped=file.dropped(), scale=scale)
+        file.require(fingerprint, parts)
+        return shard
+
+
+def read_columns(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({})) -> Columns:
+    """What a shard says of its rows, without its features: a few bytes a row are read.
+
+    Raises: as :func:`read_shard`.
+    """
+    with _readable(path):
+        file = _Opened(path)
+        columns = {name: file.array(name) for name in COLUMNS}
+        found = Columns(**columns, dropped=file.dropped())
+        file.require(fingerprint, parts)
+        return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the bytes of any file may raise in a parser becomes a :class:`ShardError`."""
+    try:
+        yield
     except FileNotFoundError:
         raise ShardError(path, "not there") from None
     except _UNREADABLE as error:
         raise ShardError(path, f"not a whole shard ({type(error).__name__}: {error})") from None
-    if found != fingerprint:
-        raise ShardError(path, f"it was made with other settings than its store ({_first(found_parts, parts)})")
-    return shard
+
+
+class _Opened:
+    """A shard's file: its header, and its payload as far as it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._bytes = path, stored_bytes(path)
+        (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+        if length > len(self._bytes):
+            raise ValueError(f"a header of {length:,} bytes in a file of {len(self._bytes):,}")
+        text = self._bytes[8 : 8 + length].tobytes()
+        self.header: dict[str, Any] = json.loads(text)
+        if text != _padded(self.header):
+            raise ValueError("its header is not as it was written")
+        self._start = 8 + length
+        _refuse_other_length(self.header, len(self._bytes) - self._start)
+
+    def payload(self) -> NDArray[np.uint8]:
+        """All bytes after the header."""
+        return self._bytes[self._start :]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One array, copied."""
+        entry = self.header[name]
+        start, stop = entry["data_offsets"]
+        if start < 0:
+            raise ValueError(f"{name} cannot lie at {start}:{stop}")
+        part = self._bytes[self._start + start : self._start + stop]
+        return np.array(_view(part, name, {**entry, "data_offsets": [0, stop - start]}))
+
+    def dropped(self) -> dict[int, str]:
+        """Rows that were dropped, index to reason."""
+        found = json.loads(self.header["__metadata__"]["dropped"])
+        return {int(row): str(reason) for row, reason in found.items()}
+
+    def require(self, fingerprint: str, parts: Mapping[str, Any]) -> None:
+        """Refuse a shard of another store."""
+        metadata = self.header["__metadata__"]
+        found = json.loads(metadata["parts"])
+        if metadata["fingerprint"] != fingerprint:
+            raise ShardError(self._path, f"it was made with other settings than its store ({_first(found, parts)})")
 
 
 def _first(found: Any, expected: Mapping[str, Any]) -> str:
@@ -159,15 +232,6 @@ def _refuse_other_length(header: dict[str, Any], length: int) -> None:
     wanted = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
     if wanted != length:
         raise ValueError(f"{length:,} bytes follow the header, which says {wanted:,}")
-
-
-def _assemble(header: dict[str, Any], payload: NDArray[np.uint8]) -> Shard:
-    """The shard of a parsed header and the bytes after it; features stay memory-mapped, the rest is copied."""
-    arrays = {name: _view(payload, name, entry) for name, entry in header.items() if name != "__metadata__"}
-    dropped = {int(row): str(reason) for row, reason in json.loads(header["__metadata__"]["dropped"]).items()}
-    scale = np.array(arrays["scale"]) if "scale" in arrays else None
-    columns = {name: np.array(arrays[name]) for name in COLUMNS}
-    return Shard(arrays["features"], **columns, dropped=dropped, scale=scale)
 
 
 def _view(payload: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:

@@ -1,0 +1,137 @@
+"""Places that are not on a disk of this machine: whatever `fsspec` reaches by a URL, such as `s3://bucket/folder`.
+
+A remote place is a `UPath` of `universal_pathlib`, which has the face of a :class:`~pathlib.Path`. Keys and endpoints are
+those of the environment of each machine (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, a profile or
+a role), never part of a URL, so that they are in no configuration and no log.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gradpursuit.errors import ConfigError, RunError
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def is_url(text: str) -> bool:
+    """Whether `text` names a remote place, and not a path."""
+    return _URL.match(text) is not None
+
+
+def is_remote(path: Path) -> bool:
+    """Whether a place, made by :func:`place`, is not on a disk."""
+    return not isinstance(path, Path)
+
+
+def require_no_secrets(text: str, what: str) -> str:
+    """`text`, a URL or an address, if it carries no user, password or signature.
+
+    Raises:
+        ValueError: it does; the message does not repeat it.
+    """
+    if re.search(r"[@?#]", text.partition("://")[2] or text):
+        raise ValueError(
+            f"{what} must not hold a user, password, key or signature ('@', '?' or '#'): it is written into files and "
+            "logs; put credentials into the environment or the credentials file of every machine instead"
+        )
+    return text
+
+
+def place(text: str) -> Path:
+    """The path or URL as something with the face of a `Path`.
+
+    Raises:
+        ConfigError: what reaches that kind of URL is not installed, or there is no such kind.
+    """
+    if not is_url(text):
+        return Path(text)
+    try:
+        from upath import UPath
+
+        # Other machines write there too: a listing remembered here would be an old one.
+        made = UPath(text, use_listings_cache=False)
+        made.fs  # noqa: B018  # made at first use, which is when something is found missing
+    except ImportError as error:
+        raise ConfigError(
+            f"'{text}' needs a package that is not installed ({error}); pip install 'gradpursuit[ray]', and for S3 s3fs, "
+            "for Google Cloud gcsfs, for Azure adlfs"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"'{text}' is no place that can be written to: {error}") from None
+    return cast(Path, made)
+
+
+class RemoteBytes:
+    """The bytes of a remote file, of which only the slices asked for are fetched.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        RunError: it cannot be reached.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path: Any = path
+        with reaching(path):
+            self._length = int(self._path.stat().st_size)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+        start, stop, _ = part.indices(self._length)
+        if stop <= start:
+            return np.empty(0, dtype=np.uint8)
+        with reaching(self._path):
+            found = np.frombuffer(self._path.fs.cat_file(self._path.path, start=start, end=stop), dtype=np.uint8)
+        if len(found) != stop - start:
+            raise ValueError(f"{len(found):,} of {stop - start:,} bytes came back")
+        return found
+
+
+@contextmanager
+def write_remote(path: Path) -> Iterator[IO[bytes]]:
+    """A file in memory that is put in its place, in one piece, when the block ends without an error.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    file = io.BytesIO()
+    yield file
+    where: Any = path
+    with reaching(path):
+        where.fs.makedirs(where.parent.path, exist_ok=True)
+        where.fs.pipe_file(where.path, file.getvalue())
+
+
+def remove_remote(folder: Path) -> None:
+    """Delete everything below a remote folder.
+
+    Raises:
+        RunError: it cannot be reached.
+    """
+    where: Any = folder
+    with reaching(folder):
+        where.fs.rm(where.path, recursive=True)
+
+
+@contextmanager
+def reaching(path: Path) -> Iterator[None]:
+    """Whatever a library for remote files raises, but that there is no such file, becomes a :class:`RunError`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each library has errors of its own, some no OSError
+        raise RunError(
+            f"{path}: cannot be reached: {type(error).__name__}: {error}; look at the credentials and the endpoint in the "
+            "environment of this machine. Finished work is kept"
+        ) from error
