@@ -29,6 +29,7 @@ ORDER = {
     for level, names in enumerate(
         (
             ("errors", "progress", "__init__"),
+            ("remote",),
             ("config", "files"),
             ("identity", "lock"),
             ("live", "counting"),
@@ -39,6 +40,7 @@ ORDER = {
             ("gradients",),
             ("pursuit",),
             ("selection",),
+            ("cluster",),
             ("evaluation",),
             ("report",),
             ("gradient_stage",),

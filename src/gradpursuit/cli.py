@@ -25,7 +25,11 @@ STAGE_VERBS = {
     "export": ("export", "export", "write selected.jsonl for every strategy"),
     "compare": ("evaluation", "report", "fine-tune on every selection, score held-out examples, write the report"),
 }
-OVERRIDES = "every setting is also a flag that overrides the file: --selection.k 50, --seed 1"
+OVERRIDES = (
+    "every setting is also a flag that overrides the file: --selection.k 50, --seed 1; "
+    "on a Ray cluster: --engine ray [--address HOST:PORT]"
+)
+SHORT = {"--engine": "--engine.name", "--address": "--engine.address"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -213,10 +217,18 @@ def _load(path: Path, overrides: list[str]) -> RunConfig:
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update=absolute),
+            "gradients": config.gradients.model_copy(update={"store": _store(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }
     )
+
+
+def _store(text: str | None) -> str | None:
+    """Where features are kept: a URL as it is, a path absolute."""
+    from gradpursuit.remote import is_url
+
+    return text if text is None or is_url(text) else _absolute(text)
 
 
 def _absolute(path: str) -> str:
@@ -289,7 +301,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words, overrides, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
-        flag, equals, _ = word.partition("=")
+        flag, equals, value = word.partition("=")
+        if flag in SHORT:
+            flag = SHORT[flag]
+            word = flag + equals + value
         if not (flag.startswith("--") and "." in flag) and flag != "--seed":
             words.append(word)
         elif equals:

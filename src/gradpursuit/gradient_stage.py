@@ -8,15 +8,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
 from gradpursuit.errors import StoreError, TrajectoryError
+from gradpursuit.remote import reaching
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from gradpursuit.cluster import Team
     from gradpursuit.data import Table
     from gradpursuit.gradients.collector import Collector
     from gradpursuit.gradients.preconditioner import Preconditioner
@@ -66,8 +68,22 @@ def wanted_features(run: Run) -> dict[str, list[Preconditioner]]:
 
 def splits(run: Run) -> list[Split]:
     """The run's own target and its pool."""
-    folder = run.folder / "gradients"
-    return [Split(name, run.table(name), kinds, folder / name) for name, kinds in wanted_features(run).items()]
+    return [
+        Split(name, run.table(name), kinds, gradient_folder(run) / name) for name, kinds in wanted_features(run).items()
+    ]
+
+
+def gradient_folder(run: Run, target: str | None = None) -> Path:
+    """Where the stores of a run, or of a target added to it, lie: in its folder, or where `gradients.store` says.
+
+    Raises:
+        ConfigError: `gradients.store` cannot be reached with what is installed.
+    """
+    from gradpursuit.remote import place
+
+    added = ("targets", target) if target else ()
+    store = run.config.gradients.store
+    return place(store).joinpath(*added) if store else run.folder.joinpath(*added, "gradients")
 
 
 def collect_gradients(run: Run) -> dict[str, Any]:
@@ -91,7 +107,7 @@ def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
     if not any(split.kinds for split in wanted):
         return {}
     records: dict[Path, list[dict[str, Any]]] = {split.folder.parent: [] for split in wanted}
-    with collector(run) as made:
+    with collector(run) as made, _spread(run, made):
         for split in wanted:
             stores = made.collect(split.name, split.table, split.kinds, split.folder)
             dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
@@ -113,6 +129,21 @@ def collector(run: Run) -> Iterator[Collector]:
     checkpoints = read_run_trajectory(run)
     with tuned_model(run, run.seed("adapter")) as model:
         yield Collector(model, run.compute, checkpoints, collect_spec(run))
+
+
+@contextmanager
+def _spread(run: Run, made: Collector) -> Iterator[None]:
+    """Let the workers of a cluster fill the shards of this block, if the run is computed on one."""
+    engine, model = run.config.engine, run.config.model
+    if engine.name == "local":
+        yield
+        return
+    from gradpursuit.cluster import ClusterFill, Resources, connected
+
+    with connected(engine) as session:
+        resources = Resources(engine.cpus, gpus=int(model.device != "cpu" and session.has_gpus()))
+        with ClusterFill(session, partial(collector, run), made.precision, resources) as made.fill:
+            yield
 
 
 def collect_spec(run: Run) -> Any:
@@ -187,11 +218,31 @@ def choosable(run: Run) -> Any:
 
 
 def _pool(run: Run) -> Split:
-    return Split("pool", run.table("pool"), wanted_features(run)["pool"], run.folder / "gradients" / "pool")
+    return Split("pool", run.table("pool"), wanted_features(run)["pool"], gradient_folder(run) / "pool")
 
 
-def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
+@contextmanager
+def pool_workers(run: Run) -> Iterator[Team | None]:
+    """Who reads the pool's features in this block: workers of a cluster, or (None) this process."""
+    if run.config.engine.name == "local":
+        yield None
+        return
+    from gradpursuit.cluster import Team, connected
+
+    with connected(run.config.engine) as session:
+        team = Team.begin(session)
+        try:
+            yield team
+        finally:
+            team.close()
+
+
+def load_problem(run: Run, team: Team | None = None) -> tuple[SelectionProblem, Any]:
     """The selection problem of a run whose gradients are collected, for the target that is chosen for.
+
+    Args:
+        run: of the pool.
+        team: who reads the pool's features; None: this process.
 
     Returns:
         The problem, and the positions in the pool's table of the rows it chooses from: all, but those without
@@ -206,7 +257,7 @@ def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
 
     wanted, candidates = wanted_features(run), choosable(run)
     pool = _pool(run)
-    own = run.target_folder / "gradients" / "target"
+    own = gradient_folder(run, run.config.selection.target) / "target"
     target = Split("target", run.target_table("target"), wanted["target"], own)
     kept = kept_rows(run, target)
     sources = [row.source for row in target.table]
@@ -214,7 +265,7 @@ def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
         sources = [sources[i] for i in kept.tolist()]
     return SelectionProblem(
         ids=[pool.table[i].id for i in candidates.tolist()],
-        pool=_features(run, pool, candidates),
+        pool=_features(run, pool, candidates) if team is None else _spread_features(run, pool, candidates, team),
         target=_features(run, target, kept),
         groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
         rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
@@ -235,6 +286,15 @@ def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
     }
 
 
+def _spread_features(run: Run, split: Split, rows: Any, team: Team) -> dict[str, Any]:
+    """The same, where they lie on the workers of a cluster."""
+    from gradpursuit.cluster import ClusterFeatures, parts_of
+
+    return {
+        kind.label: ClusterFeatures(team, parts_of(store.shards, rows)) for kind, store in split.stores(run).items()
+    }
+
+
 def gradients_plan(run: Run) -> dict[str, Any]:
     """The stores that the stage is going to write."""
     return {name: [kind.label for kind in kinds] for name, kinds in wanted_features(run).items()}
@@ -252,12 +312,13 @@ def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
         "dtype": settings.store_dtype,
         "shard_rows": settings.shard_rows,
     }
-    folder, count = run.folder / "gradients", checkpoint_count(run)
-    return {
-        name: (finished_rows(folder / name, labels, made_with), rows[name] * count)
-        for name, labels in plan.items()
-        if labels
-    }
+    folder, count = gradient_folder(run), checkpoint_count(run)
+    with reaching(folder):
+        return {
+            name: (finished_rows(folder / name, labels, made_with), rows[name] * count)
+            for name, labels in plan.items()
+            if labels
+        }
 
 
 def gradients_intact(run: Run, quick: bool) -> bool:

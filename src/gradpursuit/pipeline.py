@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -50,6 +50,10 @@ class Run:
         self.folder = Path(config.run_dir)
         self.manifest = Manifest(self.folder)
         self.lock = RunLock(self.folder)
+
+    def __reduce__(self) -> tuple[Any, tuple[RunConfig]]:
+        """Sent to another machine, it is opened there anew."""
+        return partial(Run, quick=self.quick), (self.config,)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:

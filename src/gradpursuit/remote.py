@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpursuit.errors import ConfigError, RunError
+from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -125,13 +125,18 @@ def remove_remote(folder: Path) -> None:
 
 @contextmanager
 def reaching(path: Path) -> Iterator[None]:
-    """Whatever a library for remote files raises, but that there is no such file, becomes a :class:`RunError`."""
+    """Whatever a library for remote files raises, but that there is no such file, becomes a :class:`RunError`.
+
+    Of a place on a disk nothing is changed.
+    """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, GradPursuitError):
         raise
     except Exception as error:  # each library has errors of its own, some no OSError
+        if not is_remote(path):
+            raise
         raise RunError(
-            f"{path}: cannot be reached: {type(error).__name__}: {error}; look at the credentials and the endpoint in the "
-            "environment of this machine. Finished work is kept"
+            f"{path}: cannot be reached: {type(error).__name__}: {error}; look at the credentials and the endpoint in "
+            "the environment of this machine. Finished work is kept"
         ) from error

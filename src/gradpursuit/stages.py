@@ -16,6 +16,7 @@ from gradpursuit.gradient_stage import (
     gradients_intact,
     gradients_plan,
     load_problem,
+    pool_workers,
     tuned_model,
 )
 
@@ -100,17 +101,19 @@ def _check_budget(run: Run) -> None:
 def _selection(run: Run) -> dict[str, Any]:
     from gradpursuit.selection.export import write_selection
 
-    pool, (problem, candidates) = run.table("pool"), load_problem(run)
-    k, seconds = run.budget(pool), {}
-    for strategy in run.strategies():
-        start = time.monotonic()
-        draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-        found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-        chosen = [replace(selection, indices=candidates[selection.indices]) for selection in found]
-        seconds[strategy.name] = round(time.monotonic() - start, 3)
-        write_selection(run.folder / "selection" / strategy.name, chosen, pool)
-        logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
-        _tell_saturation(strategy.name, chosen[0], k)
+    pool, seconds = run.table("pool"), {}
+    k = run.budget(pool)
+    with pool_workers(run) as team:
+        problem, candidates = load_problem(run, team)
+        for strategy in run.strategies():
+            start = time.monotonic()
+            draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
+            found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+            chosen = [replace(selection, indices=candidates[selection.indices]) for selection in found]
+            seconds[strategy.name] = round(time.monotonic() - start, 3)
+            write_selection(run.folder / "selection" / strategy.name, chosen, pool)
+            logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
+            _tell_saturation(strategy.name, chosen[0], k)
     rows = {"pool": len(candidates), **{name: len(run.target_table(name)) for name in ("target", "heldout")}}
     return {"k": k, "target": run.config.selection.target, "rows": rows, "seconds": seconds}
 

@@ -232,10 +232,10 @@ def _trained_on(run: Run, target: Target) -> int:
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
     from gradpursuit.data import Table
-    from gradpursuit.gradient_stage import Split, collect, wanted_features
+    from gradpursuit.gradient_stage import Split, collect, gradient_folder, wanted_features
 
     kinds = wanted_features(run)["target"]
     target.manifest.begin("gradients", fingerprint, run.config.seed, {"target": [kind.label for kind in kinds]})
     rows = Table.read(target.folder / "data" / "target.parquet")
-    collect(run, [Split("target", rows, kinds, target.folder / "gradients" / "target")])
+    collect(run, [Split("target", rows, kinds, gradient_folder(run, target.name) / "target")])
     return {"features": [kind.label for kind in kinds]}

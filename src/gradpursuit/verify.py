@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gradpursuit.errors import ConfigError, GradPursuitError, StoreError
-from gradpursuit.gradient_stage import Split, collector, splits, store_problems, wanted_features
+from gradpursuit.gradient_stage import Split, collector, gradient_folder, splits, store_problems, wanted_features
 from gradpursuit.gradients.recompute import Difference, recompute, worst
 from gradpursuit.pipeline import Run
 from gradpursuit.stages import STAGES, Stage
@@ -103,7 +103,7 @@ def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
         except GradPursuitError as error:
             problems.append(str(error))
             continue
-        folder = target.folder / "gradients" / "target"
+        folder = gradient_folder(run, target.name) / "target"
         yield Split(f"target '{target.name}'", table, wanted_features(run)["target"], folder)
 
 
@@ -119,6 +119,9 @@ def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -
                 continue
             for kind, store in stores.items():
                 differences = found[kind.label]
-                name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "")
-                checks.append(StoreCheck(name, store.spec.dtype, len(differences), worst(differences)))
+                inside = store.folder.is_relative_to(run.folder)
+                name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "") if inside else ""
+                checks.append(
+                    StoreCheck(name or str(store.folder), store.spec.dtype, len(differences), worst(differences))
+                )
     return checks

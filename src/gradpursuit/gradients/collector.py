@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from gradpursuit.data import Table
+from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradientError
 from gradpursuit.gradients.engine import Computed, FeatureEngine
 from gradpursuit.gradients.preconditioner import Preconditioner
@@ -21,6 +21,21 @@ from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore, Shard, StoreSpec
 from gradpursuit.trajectory.checkpoint import Checkpoint
 from gradpursuit.trajectory.model import Compute, trainable
+
+Todo = Mapping[tuple[int, int], list[Preconditioner]]  # (checkpoint, shard) -> the kinds whose stores lack it
+
+
+class Fill(Protocol):
+    """What computes and writes shards."""
+
+    def __call__(
+        self,
+        table: Table,
+        stores: Mapping[Preconditioner, GradientStore],
+        todo: Todo,
+        advance: Callable[[int], None],
+    ) -> Iterator[Mapping[int, str]]:
+        """Write the shards `todo`, telling `advance` of rows as they are done; of each shard the dropped rows."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +69,22 @@ class Collector:
         compute: device and precision.
         checkpoints: the trajectory.
         spec: sizes, seeds and origin.
+
+    Attributes:
+        fill: who computes and writes shards; this process, unless it is set to something else.
+        precision: of forward and backward, float32 or bfloat16.
     """
 
     def __init__(
         self, model: nn.Module, compute: Compute, checkpoints: Sequence[Checkpoint], spec: CollectSpec
     ) -> None:
+        self.fill: Fill = self._fill_here
         self._model, self._checkpoints, self._spec = model, checkpoints, spec
         sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
         self._sketch = SparseSketch(sizes, spec.dim, spec.nonzeros, spec.sketch_seed, compute.device)
         self._engine = FeatureEngine(model, compute, self._sketch, spec.tokens_per_batch)
         self._at: tuple[int, tuple[Preconditioner, ...]] | None = None
-        self._precision = str(compute.autocast or torch.float32).removeprefix("torch.")
+        self.precision = str(compute.autocast or torch.float32).removeprefix("torch.")
 
     def collect(
         self, name: str, table: Table, wanted: Sequence[Preconditioner], folder: Path
@@ -110,26 +130,44 @@ class Collector:
         name: str,
         table: Table,
         stores: Mapping[Preconditioner, GradientStore],
-        todo: Mapping[tuple[int, int], list[Preconditioner]],
+        todo: Todo,
         dropped: dict[int, str],
     ) -> None:
-        """Fill the shards `todo`, (checkpoint, shard) to the preconditioners whose stores lack it; add to `dropped`."""
+        """Fill the shards `todo`; add to `dropped`."""
         shards = next(iter(stores.values())).spec.shards()
         total = len(table) * len(self._checkpoints)
         done = total - sum(len(shards[s]) for _, s in todo)
         with Progress(f"gradients of the {name}", total, "rows", done) as progress:
-            for t in range(len(self._checkpoints)):
-                here = {s: lacking for (at, s), lacking in todo.items() if at == t}
-                if not here:
-                    continue
-                for s, lacking in here.items():
-                    self.at(t, lacking)
-                    found = self._engine.compute([table[i] for i in shards[s]], progress.update)
-                    for kind, shard in zip(lacking, _as_shards(found, shards[s]), strict=True):
-                        stores[kind].write(t, s, shard)
-                    if found.dropped:
-                        dropped.update({shards[s][i]: reason for i, reason in found.dropped.items()})
-                        self._refuse_too_many(table, stores, dropped)
+            for found in self.fill(table, stores, todo, progress.update):
+                if found:
+                    dropped.update(found)
+                    self._refuse_too_many(table, stores, dropped)
+
+    def _fill_here(
+        self,
+        table: Table,
+        stores: Mapping[Preconditioner, GradientStore],
+        todo: Todo,
+        advance: Callable[[int], None],
+    ) -> Iterator[Mapping[int, str]]:
+        shards = next(iter(stores.values())).spec.shards()
+        for (t, s), lacking in todo.items():
+            rows = [table[i] for i in shards[s]]
+            made = self.shards(t, lacking, rows, shards[s], advance)
+            for kind, shard in zip(lacking, made, strict=True):
+                stores[kind].write(t, s, shard)
+            yield made[0].dropped
+
+    def shards(
+        self,
+        checkpoint: int,
+        wanted: Sequence[Preconditioner],
+        rows: Sequence[Row],
+        numbers: range,
+        advance: Callable[[int], None],
+    ) -> list[Shard]:
+        """The shards of `rows` at a checkpoint (from 0), one for each of `wanted`; numbers: of the rows in the table."""
+        return _as_shards(self.at(checkpoint, wanted).compute(rows, advance), numbers)
 
     def at(self, checkpoint: int, wanted: Sequence[Preconditioner]) -> FeatureEngine:
         """The engine at a checkpoint (from 0), set to compute features of `wanted`."""
@@ -158,7 +196,7 @@ class Collector:
             "every row so far is affected, so look at the model's weights and at warmup.learning_rate"
             if len(dropped) == _rows_seen(next(iter(stores.values())))
             else "remove these rows, or raise gradients.max_dropped"
-            + (", or try model.precision: float32" if self._precision != "float32" else "")
+            + (", or try model.precision: float32" if self.precision != "float32" else "")
         )
         raise GradientError(
             f"{len(dropped)} of {len(table)} rows have no gradient, more than gradients.max_dropped = "
@@ -171,7 +209,7 @@ class Collector:
             **spec.origin,
             **identity(table, kind),
             "projection": self._sketch.describe(),
-            "precision": {"autocast": self._precision, "tokens_per_batch": spec.tokens_per_batch},
+            "precision": {"autocast": self.precision, "tokens_per_batch": spec.tokens_per_batch},
         }
         return GradientStore.create(
             folder,

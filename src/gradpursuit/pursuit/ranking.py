@@ -48,12 +48,10 @@ class RankedScores:
         self._given += count
         return self._ids[part], self._scores[part]
 
-    def after(self, score: float, id_: int) -> RankedScores:
-        """The same ranking, its next atom being the first that comes after one of this score and id."""
-        self._given = int(np.searchsorted(-self._scores, -score))
-        while self._given < len(self._ids) and (self._scores[self._given] == score and self._ids[self._given] <= id_):
-            self._given += 1
-        return self
+    def after(self, score: float, id_: int) -> None:
+        """Go on with the first atom that comes after one of this score and id."""
+        first, last = np.searchsorted(-self._scores, -score, "left"), np.searchsorted(-self._scores, -score, "right")
+        self._given = int(first + np.searchsorted(self._ids[first:last], id_, "right"))
 
 
 def scores_of(products: Float64Array) -> Float64Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import GradientTrajectoryPursuit
 from gradpursuit.selection.base import Selection, SelectionProblem
 
+_SETTINGS = ("alpha", "max_iter", "tol", "saturation", "max_coherence")
 _PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
 
 
@@ -33,23 +36,36 @@ class GTP:
             SelectionError: no pool example correlates with the target.
         """
         matrix, target = problem.matching()
-        settings = problem.pursuit
-        solver = GradientTrajectoryPursuit(
-            k,
-            alpha=settings.alpha,
-            max_iter=settings.max_iter,
-            tol=settings.tol,
-            saturation=settings.saturation,
-            max_coherence=settings.max_coherence,
-        ).fit(matrix, target)
-        evidence = pursuit_evidence(solver)
+        settings = problem.pursuit.model_dump(include=set(_SETTINGS))
+        if problem.pursuit.parts > 1:
+            return _of_winners(problem, matrix, target, k, settings)
+        solver = GradientTrajectoryPursuit(k, **settings).fit(matrix, target)
+        evidence = pursuit_evidence(solver, matrix)
         evidence["copies"] = {problem.ids[copy]: problem.ids[of] for copy, of in solver.copies_.items()}
         return from_solver(solver, evidence)
 
 
-def pursuit_evidence(solver: Any) -> dict[str, Any]:
-    """Passes, stop reasons, optimality and path of a fitted pursuit, as JSON values."""
+def _of_winners(problem: SelectionProblem, matrix: Any, target: Any, k: int, settings: dict[str, Any]) -> Selection:
+    """Two-level pursuit: of what each part of the pool chooses by itself, twice its share of the budget each."""
+    parts = problem.pursuit.parts
+    share = min(k, 2 * math.ceil(k / parts))
+    ids = matrix.winners(target, share, parts, settings)
+    squares = matrix.squared_norms()
+    alpha = settings["alpha"] * float(squares.mean() / squares[ids].mean())
+    solver = GradientTrajectoryPursuit(min(k, len(ids)), **{**settings, "alpha": alpha})
+    solver.fit(matrix.columns(ids), target)
+    evidence = pursuit_evidence(solver, matrix)
+    evidence["copies"] = {problem.ids[ids[copy]]: problem.ids[ids[of]] for copy, of in solver.copies_.items()}
+    evidence["two_level"] = {"parts": parts, "winners": len(ids), "share": share}
+    chosen = from_solver(solver, evidence)
+    return replace(chosen, indices=ids[chosen.indices])
+
+
+def pursuit_evidence(solver: Any, matrix: Any) -> dict[str, Any]:
+    """Passes, stop reasons, optimality and path of a fitted pursuit, as JSON values; on a cluster also the traffic."""
+    spread = hasattr(matrix, "traffic")
     return {
+        **({"traffic": {"workers": matrix.workers, **matrix.traffic.describe()}} if spread else {}),
         "passes": int(solver.n_iter_),
         "stop_reason": list(solver.stop_reason_),
         "kkt": float(solver.kkt_),

@@ -28,4 +28,4 @@ class OMP:
         """
         matrix, target = problem.matching()
         solver = NonNegativeOMP(k, alpha=problem.pursuit.alpha).fit(matrix, target)
-        return from_solver(solver, pursuit_evidence(solver))
+        return from_solver(solver, pursuit_evidence(solver, matrix))
