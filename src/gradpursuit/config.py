@@ -22,10 +22,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from gradpursuit.errors import ConfigError, nearest
-from gradpursuit.remote import require_no_secrets
+from gradpursuit.remote import is_url, require_no_secrets
 
+_SECRET = "secret"  # the type of an error whose value is not repeated
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
 
 
@@ -38,6 +40,13 @@ def _no_truth_value(value: Any) -> Any:
 Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
 Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
 Fraction = Annotated[Number, Field(gt=0, le=1)]
+
+
+def _without_secrets(value: str, what: str) -> str:
+    try:
+        return require_no_secrets(value, what)
+    except ValueError as error:
+        raise PydanticCustomError(_SECRET, "{reason}", {"reason": str(error)}) from None
 
 
 def target_name(name: str) -> str:
@@ -162,7 +171,8 @@ class WarmupSection(Section):
 class GradientsSection(Section):
     """Features of pool and target at every checkpoint."""
 
-    preconditioner: PreconditionerName = Field(
+    preconditioner: _SECRET = "secret"  # the type of an error whose value is not repeated
+PreconditionerName = Field(
         "adam-symmetric", description="what turns a gradient into the direction the optimizer would move"
     )
     dim: Whole = Field(4096, ge=16, description="d: size of the sketched feature")
@@ -177,14 +187,14 @@ class GradientsSection(Section):
     shard_rows: Whole = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
     store: str | None = Field(
         None,
-        description="where the features are kept: a folder, or a URL that fsspec knows, such as s3://bucket/my-run; null: "
-        "in the run folder. Keys come from the environment, never from the URL",
+        description="where the features are kept: a folder, or a URL that fsspec knows, such as s3://bucket/my-run; "
+        "null: in the run folder. Keys come from the environment, never from the URL",
     )
 
     @field_validator("store")
     @classmethod
     def _no_secrets(cls, value: str | None) -> str | None:
-        return require_no_secrets(value, "the URL of the store") if value and is_url(value) else value
+        return _without_secrets(value, "the URL of the store") if value and is_url(value) else value
 
 
 class PursuitSection(Section):
@@ -266,7 +276,7 @@ class EngineSection(Section):
     @field_validator("address")
     @classmethod
     def _no_secrets(cls, value: str | None) -> str | None:
-        return value if value is None else require_no_secrets(value, "the address")
+        return value if value is None else _without_secrets(value, "the address")
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> EngineSection:
@@ -293,7 +303,8 @@ class RunConfig(Section):
     def _parts_on_a_cluster(self) -> RunConfig:
         if self.pursuit.parts > 1 and self.engine.name == "local":
             raise ValueError(
-                f"pursuit.parts is {self.pursuit.parts}, but one machine has one part: leave it out, or say --engine ray"
+                f"pursuit.parts is {self.pursuit.parts}, but one machine has one part: leave it out, or say --engine "
+                "ray"
             )
         return self
 
@@ -402,6 +413,8 @@ def _explain(item: dict[str, Any]) -> str:
     """One line for one pydantic error: key, value, cause and fix."""
     keys = [str(part) for part in item["loc"]]
     key = ".".join(keys)
+    if item["type"] == _SECRET:
+        return f"'{key}': {item['msg']}"
     if item["type"] == "extra_forbidden":
         section = _section_at(keys[:-1])
         parent = ".".join(keys[:-1])

@@ -224,7 +224,7 @@ def _pool(run: Run) -> Split:
 @contextmanager
 def pool_workers(run: Run) -> Iterator[Team | None]:
     """Who reads the pool's features in this block: workers of a cluster, or (None) this process."""
-    if run.config.engine.name == "local":
+    if run.config.engine.name == "local" or not wanted_features(run)["pool"]:
         yield None
         return
     from gradpursuit.cluster import Team, connected

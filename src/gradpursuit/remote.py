@@ -1,8 +1,8 @@
 """Places that are not on a disk of this machine: whatever `fsspec` reaches by a URL, such as `s3://bucket/folder`.
 
-A remote place is a `UPath` of `universal_pathlib`, which has the face of a :class:`~pathlib.Path`. Keys and endpoints are
-those of the environment of each machine (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, a profile or
-a role), never part of a URL, so that they are in no configuration and no log.
+A remote place is a `UPath` of `universal_pathlib`, which has the face of a :class:`~pathlib.Path`. Keys and endpoints
+are those of the environment of each machine (for S3 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, a
+profile or a role), never part of a URL, so that they are in no configuration and no log.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def place(text: str) -> Path:
         made.fs  # noqa: B018  # made at first use, which is when something is found missing
     except ImportError as error:
         raise ConfigError(
-            f"'{text}' needs a package that is not installed ({error}); pip install 'gradpursuit[ray]', and for S3 s3fs, "
-            "for Google Cloud gcsfs, for Azure adlfs"
+            f"'{text}' needs a package that is not installed ({error}); pip install 'gradpursuit[ray]', for S3 also "
+            "s3fs, for Google Cloud gcsfs, for Azure adlfs"
         ) from None
     except (ValueError, TypeError) as error:
         raise ConfigError(f"'{text}' is no place that can be written to: {error}") from None

@@ -1,16 +1,41 @@
-"""A Ray cluster of two nodes on this machine."""
+"""A Ray cluster of two nodes, an S3 server and small runs, all on this machine."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from nodes import Cluster, start_cluster
 
+from server import Server
+
+SECRET = "this-must-never-be-written-anywhere"
+
 
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Two nodes, and this process connected to them."""
+def s3() -> Iterator[str]:
+    """The URL of an empty bucket of a real S3 server, whose address and keys are in the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "user")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        boto3.client("s3").create_bucket(Bucket="features")
+        yield "s3://features"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def cluster(s3: str) -> Iterator[Cluster]:
+    """Two nodes that know the S3 server, and this process connected to them."""
     import ray
 
     made = start_cluster(2)
@@ -18,3 +43,24 @@ def cluster() -> Iterator[Cluster]:
     yield made
     ray.shutdown()
     made.shutdown()
+
+
+@pytest.fixture(scope="session")
+def server(s3: str) -> Iterator[Server]:
+    """Runs the command line in processes of its own."""
+    assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def secret() -> str:
+    """The key of the S3 server."""
+    return SECRET
+
+
+@pytest.fixture
+def printed(tmp_path: Path) -> Path:
+    """Where a command prints."""
+    return tmp_path / "printed.txt"

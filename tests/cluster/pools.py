@@ -20,7 +20,7 @@ FACTORS = np.array([[1.0], [0.5]])  # of the two checkpoints
 
 
 class Pool:
-    """240 rows of 30 numbers at two checkpoints, every tenth row repeated twice, so that scores tie; row 7 is left out."""
+    """240 rows of 30 numbers at two checkpoints, some repeated twice, so that scores tie; row 7 is left out."""
 
     def __init__(self, folder: Path, shard_rows: int = 23, dtype: str = "float16") -> None:
         rng = np.random.default_rng(3)

@@ -1,8 +1,8 @@
 """The matrix of a pursuit whose rows lie on the workers of a cluster; the answer is that of one machine.
 
 Of a pass the residuals go out, and from every worker its best (id, score) pairs come back; columns are fetched when
-they are candidates. A worker multiplies its rows as one machine does, row by row, so scores are the same to the last bit
-whatever the number of workers and whoever owns a shard.
+they are candidates. A worker multiplies its rows as one machine does, row by row, so scores are the same to the last
+bit whatever the number of workers and whoever owns a shard.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Session:
         wanted = self.engine.workers or room
         if not room:
             raise ConfigError(
-                f"engine.cpus = {resources.cpus}: no node of the cluster has room for a worker of {resources.cpus} cores"
+                f"engine.cpus = {resources.cpus}: no node of the cluster has room for a worker of so many cores"
                 + (f" and {resources.gpus} GPU" if resources.gpus else "")
                 + "; ask for fewer cores"
             )
@@ -99,8 +99,8 @@ def connected(engine: EngineSection) -> Iterator[Session]:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
         raise RunError(
-            f"no Ray cluster can be reached at {engine.address or 'this machine'}: {error}; look at `ray status` there, "
-            "or leave --address out to start one on this machine"
+            f"no Ray cluster can be reached at {engine.address or 'this machine'}: {error}; look at `ray status` "
+            "there, or leave --address out to start one on this machine"
         ) from None
     try:
         yield Session(engine)
@@ -117,8 +117,8 @@ def local_only() -> None:
     late = "ray" in sys.modules and os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
     if late and not sys.modules["ray"].is_initialized():
         raise ConfigError(
-            "Ray was imported before gradpursuit could keep it on 127.0.0.1; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 in the "
-            "environment, or connect it yourself with ray.init() first"
+            "Ray was imported before gradpursuit could keep it on 127.0.0.1; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
+            "in the environment, or connect it yourself with ray.init() first"
         )
     if not late:
         os.environ.update(_ENVIRONMENT)

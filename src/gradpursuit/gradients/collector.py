@@ -166,7 +166,10 @@ class Collector:
         numbers: range,
         advance: Callable[[int], None],
     ) -> list[Shard]:
-        """The shards of `rows` at a checkpoint (from 0), one for each of `wanted`; numbers: of the rows in the table."""
+        """The shards of `rows` at a checkpoint (from 0), one for each of `wanted`.
+
+        numbers: of the rows in the table. advance: told how many more rows are done.
+        """
         return _as_shards(self.at(checkpoint, wanted).compute(rows, advance), numbers)
 
     def at(self, checkpoint: int, wanted: Sequence[Preconditioner]) -> FeatureEngine:
