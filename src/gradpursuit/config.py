@@ -171,8 +171,7 @@ class WarmupSection(Section):
 class GradientsSection(Section):
     """Features of pool and target at every checkpoint."""
 
-    preconditioner: _SECRET = "secret"  # the type of an error whose value is not repeated
-PreconditionerName = Field(
+    preconditioner: PreconditionerName = Field(
         "adam-symmetric", description="what turns a gradient into the direction the optimizer would move"
     )
     dim: Whole = Field(4096, ge=16, description="d: size of the sketched feature")
