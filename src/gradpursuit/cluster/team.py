@@ -184,7 +184,8 @@ class Ownership:
                 part = self.parts[number]
                 raise RunError(
                     f"{part.shards.path(0, part.shard)}: {_DEATHS} workers that held it died, the last: "
-                    f"{reason_of(why)}; do they have memory enough? Give engine.cpus more cores, so that fewer share a node"
+                    f"{reason_of(why)}; do they have memory enough? Give engine.cpus more "
+                    "cores, so that fewer share a node"
                 )
         members = self._team.members or [self._team.add()]
         rows: Counter[str] = Counter()
