@@ -15,7 +15,7 @@ from gradpursuit.cluster.session import Session
 from gradpursuit.cluster.team import Team, shares
 from gradpursuit.config import EngineSection
 from gradpursuit.errors import PursuitError, StoreError
-from gradpursuit.pursuit import GradientMatrix, JoinedMatrix, MatchingPursuit, NonNegativeOMP
+from gradpursuit.pursuit import GradientMatrix, GradientTrajectoryPursuit, JoinedMatrix, MatchingPursuit, NonNegativeOMP
 from gradpursuit.pursuit.ranking import RankedMatrix
 
 WORKERS = 8
@@ -139,6 +139,24 @@ def test_traffic_is_a_residual_out_and_pairs_and_columns_back(team: Team, pool: 
         "pairs": traffic.passes[0].pairs,
         "columns": 48,
     }
+
+
+def test_two_levels_pursue_what_each_part_chooses_alone(team: Team, pool: Pool) -> None:
+    matrix, one, settings = pool.on(team), pool.matrix(), {"alpha": 0.3, "max_coherence": None}
+    given = np.repeat(shares([len(part.rows) for part in pool.parts()], 3), [len(part.rows) for part in pool.parts()])
+    squares, expected = one.squared_norms(), []
+    for group in range(3):
+        ids = np.flatnonzero(given == group)
+        alpha = 0.3 * squares.mean() / squares[ids].mean()
+        alone = GradientTrajectoryPursuit(16, alpha=alpha, max_coherence=None).fit(one.columns(ids), pool.target)
+        expected += ids[alone.support_].tolist()
+    found = matrix.winners(pool.target, 16, 3, settings)
+    assert found.tolist() == sorted(expected)
+    assert len(matrix.traffic.passes) == 0
+    exact = pool.pursue(one)
+    near = GradientTrajectoryPursuit(24, max_coherence=None).fit(matrix.columns(found), pool.target)
+    assert near.residual_path_[-1] <= 1.25 * exact.residual_path_[-1]
+    same(pool.pursue(matrix), exact)  # shards that moved for it still answer
 
 
 def test_an_unreadable_shard_is_named(team: Team, tmp_path: Path) -> None:
