@@ -5,7 +5,7 @@
 
 strong     the same rows on more workers. weak: the same rows for each worker
 overhead   passes over next to no rows, on more workers than there are cores: what a pass costs beside reading
-fits       whole pursuits: one machine, exact on workers (the same answer), two-level with several parts, with residuals
+fits       whole pursuits with their residuals: one machine, exact on workers (the same answer), two-level
 model      seconds of a pass = bytes of a worker / its bandwidth + overhead + overhead of a worker × workers; its three
            constants are fitted to what was measured. With a bandwidth of the network it says what a pass on --nodes would
            take: that is computed, not measured
@@ -136,8 +136,8 @@ class Bench:
             "traffic_per_pass": matrix.traffic.describe()["passes"][-1],
         }
         print(
-            f"{workers} workers, {rows} rows: {one['seconds']:.4f} s a pass, {one['worker_seconds']:.4f} s of a worker, "
-            f"{one['reading_share']:.1%} of it reading and multiplying",
+            f"{workers} workers, {rows} rows: {one['seconds']:.4f} s a pass, {one['worker_seconds']:.4f} s of a "
+            f"worker, {one['reading_share']:.1%} of it reading and multiplying",
             flush=True,
         )
         return one
