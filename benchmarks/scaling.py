@@ -7,8 +7,8 @@ strong     the same rows on more workers. weak: the same rows for each worker
 overhead   passes over next to no rows, on more workers than there are cores: what a pass costs beside reading
 fits       whole pursuits with their residuals: one machine, exact on workers (the same answer), two-level
 model      seconds of a pass = bytes of a worker / its bandwidth + overhead + overhead of a worker × workers; its three
-           constants are fitted to what was measured. With a bandwidth of the network it says what a pass on --nodes would
-           take: that is computed, not measured
+           constants are fitted to what was measured. With a bandwidth of the network it says what a pass on --nodes
+           would take: that is computed, not measured
 
 All of Ray stays on 127.0.0.1. A worker has one thread, so workers beyond the cores share them: figures for more workers
 than cores say nothing about scaling, and are used for the overhead alone.
