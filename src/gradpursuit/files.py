@@ -10,13 +10,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any
 
 from gradpursuit.errors import GradPursuitError, RunError
 from gradpursuit.remote import RemoteBytes, is_remote, reaching, remove_remote, write_remote
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -101,6 +103,8 @@ def stored_bytes(path: Path) -> NDArray[np.uint8] | RemoteBytes:
         OSError: it cannot be read.
         RunError: it lies elsewhere and cannot be reached.
     """
+    import numpy as np
+
     return RemoteBytes(path) if is_remote(path) else np.memmap(path, dtype=np.uint8, mode="r")
 
 

@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -87,6 +88,8 @@ class RemoteBytes:
         return self._length
 
     def __getitem__(self, part: slice) -> NDArray[np.uint8]:
+        import numpy as np
+
         start, stop, _ = part.indices(self._length)
         if stop <= start:
             return np.empty(0, dtype=np.uint8)

@@ -201,7 +201,7 @@ class ClusterFill:
         while len(self._workers) < wanted:
             actor = ray.remote(GradientWorker).options(**options, scheduling_strategy="SPREAD")
             self.begun += 1
-            made = actor.remote(self.open_collector, self.precision, self.resources.cpus)
+            made: Any = actor.remote(self.open_collector, self.precision, self.resources.cpus)
             worker = _Worker(made, f"worker {self.begun}")
             self._workers.append(worker)
             busy[made.begin.remote()] = worker, None
