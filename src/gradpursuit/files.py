@@ -15,7 +15,6 @@ from typing import IO, TYPE_CHECKING, Any
 from gradpursuit.errors import GradPursuitError, RunError
 from gradpursuit.remote import RemoteBytes, is_remote, reaching, remove_remote, write_remote
 
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
