@@ -92,7 +92,8 @@ def connected(engine: EngineSection) -> Iterator[Session]:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if engine.address is None:
-        options.update(include_dashboard=False, object_store_memory=_OBJECT_STORE)
+        # "local": a new one, where an address left out would mean whatever cluster runs here already.
+        options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
     else:
         options.update(address=engine.address)
     try:
