@@ -136,7 +136,9 @@ class RayGradientMatrix:
         wide = np.asarray(r, dtype=np.float64)
         out = np.empty((self.shape[1], *wide.shape[1:]))
         one_pass = self.begin_pass(wide)
-        for numbers, found in self.ask(lambda actor, asked: actor.correlate.remote(asked, one_pass.residual(asked))):
+        for numbers, found in self.ask(
+            lambda actor, asked: actor.correlate.remote(asked, one_pass.residual(actor, asked))
+        ):
             out[self._ids(numbers)] = found
             self.traffic.other_bytes += found.nbytes
         return out
@@ -238,12 +240,12 @@ class OnePass:
     reference: Any
     size: int
     moved: Pass
-    _sent: set[Question] = field(default_factory=set)
+    _sent: set[tuple[Any, Question]] = field(default_factory=set)
 
-    def residual(self, asked: Question) -> Any:
+    def residual(self, actor: Any, asked: Question) -> Any:
         """The residuals for whoever is asked; sent once."""
-        if asked not in self._sent:
-            self._sent.add(asked)
+        if (actor, asked) not in self._sent:
+            self._sent.add((actor, asked))
             self.moved.residual_bytes += self.size
         return self.reference
 
@@ -264,7 +266,7 @@ class RemoteRanking:
             excluded = self._matrix.excluded_of(self._excluded, asked)
             one.moved.excluded_bytes += excluded.nbytes
             return actor.ranked.remote(
-                asked, Wanted(one.number, self._least, count, self._after), one.residual(asked), excluded
+                asked, Wanted(one.number, self._least, count, self._after), one.residual(actor, asked), excluded
             )
 
         for _, (some, their_scores) in self._matrix.ask(ranked):
