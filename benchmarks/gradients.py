@@ -32,8 +32,9 @@ from torch import Tensor, nn
 
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.data import IGNORE, Row, Table
-from gradpursuit.gradients.collector import Collector, CollectSpec
+from gradpursuit.gradients.collector import Collector
 from gradpursuit.gradients.engine import FeatureEngine
+from gradpursuit.gradients.filling import CollectSpec
 from gradpursuit.gradients.linear import FollowedLinear
 from gradpursuit.gradients.per_example import PerExampleGradients
 from gradpursuit.gradients.preconditioner import Preconditioner

@@ -164,6 +164,23 @@ def test_an_unwritable_run_folder(job: Job, capsys: pytest.CaptureFixture[str]) 
     assert "cannot be written" in message
 
 
+def test_every_verb_that_takes_a_configuration_takes_the_run_folder(
+    job: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = job.folder / "other"
+    for verb in ("warmup", "collect", "select"):
+        assert main([verb, str(job.path), "--run-dir", str(other), "--selection.strategies", "random"]) == 0
+    assert (other / "selection" / "random").is_dir()
+    assert main(["estimate", str(job.path), "--run-dir", str(other)]) == 0
+    assert not job.run_dir.exists()
+    assert f"{job.run_dir}: 'gradients' needs 'data'" in fails(
+        ["collect", str(other), "--run-dir", str(job.run_dir)], capsys
+    ), "a run folder is a configuration, too"
+    for verb in (["status"], ["verify"], ["target", "list"]):
+        message = fails([*verb, str(job.path)], capsys)
+        assert message == f"{job.path}: a file; give the run folder instead: run_dir of the configuration, or runs/job"
+
+
 def test_run_folder_and_flags_may_stand_anywhere(job: Job) -> None:
     assert main(["warmup", "--selection.k", "3", str(job.path), "--seed=4"]) == 0
     config = (job.run_dir / "config.yaml").read_text()
@@ -182,7 +199,8 @@ def test_messages_schema_and_a_split_of_the_target(job: Job, capsys: pytest.Capt
     assert main(["run", str(job.path)]) == 0
     printed = capsys.readouterr()
     assert "3 of 10 target rows are set aside for scoring" in printed.err
-    assert "mean after" in printed.out
+    assert "mean after" in printed.err
+    assert printed.out == f"{job.run_dir}\n", "nothing but data goes into a pipe"
     assert Path(job.run_dir / "selection/gtp/selected.jsonl").read_text().count('"messages"') == 5
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from gradpursuit.config import LoraSection, RunConfig, WarmupSection, build_config, load_config
 from gradpursuit.errors import ConfigError, GradPursuitError, nearest
@@ -42,7 +42,9 @@ def test_minimal_file_and_defaults(tmp_path: Path) -> None:
         [],
         ["run_dir='runs/größe: 1'", "seed=7", "selection.k=3", "model.lora.target_modules=[q_proj, v_proj]"],
         ["warmup.learning_rate=1e-6", "pursuit.tol=1e-12", "pursuit.max_coherence=null", "data.heldout=h.jsonl"],
+        ["warmup.trajectory=[/a/checkpoint-1, /a/checkpoint-2]"],
         ["model.layers='.*mlp\\.(up|down)_proj'", "warmup.trajectory=[/a/checkpoint-1, /a/checkpoint-2]"],
+        ["data.target=pool", "selection.options={less: {reducer: mean}, a: {selector: topk}}", "pursuit.rank=5"],
         ["selection.fraction=0.05", "selection.strategies=[gtp]", "evaluation.use_weights=true", "run_dir='0123'"],
     ],
 )
@@ -77,6 +79,12 @@ def test_a_trajectory_that_exists(tmp_path: Path) -> None:
     assert config.warmup.model_dump(exclude={"trajectory"}) == WarmupSection().model_dump(exclude={"trajectory"})
     text = message(tmp_path, MINIMAL, "warmup.trajectory=[a, b]", "warmup.checkpoints=2", "warmup.epochs=9")
     assert "with trajectory nothing is trained, so leave out epochs, checkpoints" in text
+    text = message(tmp_path, MINIMAL, "warmup.trajectory=a", "warmup.epochs=3")
+    assert text.endswith("with trajectory nothing is trained, so leave out epochs"), "though 3 is the default"
+    assert load(tmp_path, MINIMAL, "warmup.trajectory=a", "model.lora=null").model.lora is not None
+    for setting in ("model.lora.r=4", "model.lora.r=8", "model.lora={}"):
+        text = message(tmp_path, MINIMAL, "warmup.trajectory=a", setting)
+        assert "c.yaml: model.lora and warmup.trajectory are both given" in text
     text = message(tmp_path, MINIMAL, "warmup.trajectory=a", "model.lora.r=4")
     assert "c.yaml: model.lora and warmup.trajectory are both given" in text
     assert len(text.splitlines()) == 1
@@ -164,9 +172,25 @@ def test_bad_values_are_named(tmp_path: Path, override: str, part: str) -> None:
     assert "Value error" not in text
 
 
-@pytest.mark.parametrize("key", ["selection.k", "warmup.epochs", "seed", "warmup.fraction", "pursuit.tol"])
-def test_truth_is_no_number(tmp_path: Path, key: str) -> None:
-    assert f"'{key}' = True: " in message(tmp_path, MINIMAL, f"{key}=true")
+def number_settings(section: Any, prefix: str = "") -> list[str]:
+    """The names of all settings that are numbers, as flags have them."""
+    found = []
+    for name, field in section.model_fields.items():
+        kinds = get_args(field.annotation) or (field.annotation,)
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                found += number_settings(kind, f"{prefix}{name}.")
+        if {int, float} & {get_args(kind)[0] if get_origin(kind) is Annotated else kind for kind in kinds}:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def test_truth_is_no_number(tmp_path: Path) -> None:
+    keys = number_settings(RunConfig)
+    assert {"seed", "selection.k", "model.lora.r", "selection.fraction", "pursuit.tol", "warmup.epochs"} <= set(keys)
+    assert len(keys) > 25
+    for key in keys:
+        assert f"--{key}: '{key}' = True: " in message(tmp_path, MINIMAL, f"{key}=true")
 
 
 def test_whole_numbers_are_not_guessed(tmp_path: Path) -> None:
@@ -192,8 +216,37 @@ def test_names_of_targets(tmp_path: Path) -> None:
         assert "--selection.target: 'selection.target' = " in message(tmp_path, MINIMAL, f"selection.target={name}")
 
 
+LISTS = ["data.pool", "data.target", "data.heldout", "warmup.trajectory", "selection.strategies"]
+
+
+@pytest.mark.parametrize("key", [*LISTS, "model.lora.target_modules"])
+def test_a_list_of_names_may_be_a_text_with_commas(tmp_path: Path, key: str) -> None:
+    def value(text: str) -> Any:
+        found: Any = load(tmp_path, MINIMAL, f"{key}={text}")
+        for name in key.split("."):
+            found = getattr(found, name)
+        return found
+
+    assert value("a_1, b.c") == value("[a_1, b.c]") == ["a_1", "b.c"]
+    assert value("['a,b']") == ["a,b"]
+    if key in LISTS:
+        assert value("a") == ["a"]
+        assert "a name is empty; one that holds a comma itself is written" in message(tmp_path, MINIMAL, f"{key}=a,")
+    else:
+        assert value("q.{1,2}proj") == "q.{1,2}proj", "an expression"
+
+
 def test_both_budgets(tmp_path: Path) -> None:
-    assert "k and fraction are both given" in message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
+    text = message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
+    assert text == "--selection.k, --selection.fraction: 'selection': k and fraction are both given: give one of them"
+
+
+def test_the_content_of_a_section_is_not_printed(tmp_path: Path) -> None:
+    for override in ("warmup.trajectory=a", "model.layers=.*", "selection.k=3", "data.pool={a: 1}"):
+        text = message(
+            tmp_path, MINIMAL, override, "warmup.epochs=9", "model.lora.r=4", "selection.fraction=0.1", "data.target=5"
+        )
+        assert "{" not in text
 
 
 def test_missing_sections_and_keys(tmp_path: Path) -> None:

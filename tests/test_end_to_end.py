@@ -54,6 +54,6 @@ def test_real_model_on_a_small_pool(smollm2_path: Path, tmp_path: Path) -> None:
     assert len(set(ids["gtp"])) == 6, "the pursuit takes no example twice"
     assert len(set(ids["less"])) < 6, "top-k takes copies"
     report = json.loads((tmp_path / "run/report.json").read_text("utf-8"))
-    loss = {line["strategy"]: line["after"] for line in report["comparison"]}
-    before = report["comparison"][0]["before"]
+    loss = {line["strategy"]: line["mean"] for line in report["comparison"]["rows"]}
+    before = report["comparison"]["before"]
     assert loss["gtp"] < before - 0.5, "fine-tuning on the chosen rows helps the target"

@@ -79,3 +79,16 @@ def test_bad_input_is_told_as_the_run_would(job: Job, capsys: pytest.CaptureFixt
     assert "pool.jsonl" in err
     assert "Traceback" not in err
     assert main(["estimate", str(job.folder / "nowhere.yaml")]) == 2
+
+
+def test_too_few_steps_are_told_as_the_run_tells_them_before_any_work(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = ["--warmup.checkpoints", "500"]
+    monkeypatch.delattr("gradpursuit.pipeline.Run.base")  # no model may be loaded
+    messages = []
+    for verb in ("estimate", "run"):
+        assert main([verb, str(job.path), *setting]) == 2
+        messages.append(capsys.readouterr().err.splitlines()[-1])
+    assert messages[0] == messages[1]
+    assert "warmup.checkpoints = 500, but 13 rows × 2 epochs at batch size 4 make only 8 steps" in messages[0]

@@ -92,7 +92,7 @@ def test_a_run_leaves_the_folder_of_the_design(finished: Job) -> None:
     manifest = Manifest(folder).read()
     assert [entry["state"] for entry in manifest["stages"].values()] == ["complete"] * len(STAGES)
     assert manifest["packages"]["torch"]
-    losses = [line["after"] for line in json.loads((folder / "report.json").read_text())["comparison"]]
+    losses = [line["mean"] for line in json.loads((folder / "report.json").read_text())["comparison"]["rows"]]
     assert all(0 < loss < 20 for loss in losses)
 
 
@@ -283,6 +283,29 @@ def test_a_budget_that_is_refused_changes_nothing(tiny_path: Path, tmp_path: Pat
     assert main(["select", str(job.run_dir)]) == 0
 
 
+@pytest.mark.parametrize(
+    ("verb", "setting", "words"),
+    [
+        ("warmup", ["--warmup.learning_rate", "1e30"], "the training loss is"),
+        ("warmup", ["--data.max_tokens", "9"], "longer than max_tokens"),
+        ("warmup", ["--model.lora.target_modules", "nothing"], "target_modules='nothing'"),
+        ("compare", ["--evaluation.learning_rate", "1e30"], "the training loss is"),
+    ],
+)
+def test_a_setting_that_is_refused_leaves_a_finished_run_as_it_was(
+    finished: Job, verb: str, setting: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def files() -> dict[Path, bytes]:
+        found = [path for path in finished.run_dir.rglob("*") if path.is_file()]
+        return {path: path.read_bytes() for path in found if path.name not in ("log.txt", ".lock")}
+
+    before = files()
+    assert main([verb, str(finished.run_dir), *setting]) == 2
+    assert words in capsys.readouterr().err
+    assert files() == before
+    assert not list(finished.run_dir.glob(".*.before"))
+
+
 def test_rows_without_a_gradient_are_listed_and_never_chosen(
     tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -305,7 +328,7 @@ def test_rows_without_a_gradient_are_listed_and_never_chosen(
     monkeypatch.setattr(engine.FeatureEngine, "batch", without_one)
     assert main(["collect", str(job.path)]) == 0
     monkeypatch.undo()
-    assert "no gradient for 1 rows of pool: the loss is nan" in capsys.readouterr().err
+    assert "no features for 1 rows of pool: the loss is nan" in capsys.readouterr().err
     (listed,) = [json.loads(line) for line in (job.run_dir / "gradients" / "dropped.jsonl").read_text().splitlines()]
     assert (listed["id"], listed["split"], listed["line"]) == ("plus-11", "pool", 12)
     assert main(["select", str(job.path)]) == 0
@@ -315,6 +338,11 @@ def test_rows_without_a_gradient_are_listed_and_never_chosen(
         chosen = [json.loads(line)["id"] for line in lines]
         assert "plus-11" not in chosen
         assert len(set(chosen)) == len(chosen) > 20
+    files = {path: path.read_bytes() for path in job.run_dir.rglob("*") if path.is_file() and path.name != "log.txt"}
+    assert main(["collect", str(job.run_dir), "--gradients.max_dropped", "0"]) == 2
+    assert "more than gradients.max_dropped = 0 allows" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == files
+    assert main(["export", str(job.run_dir)]) == 0
     assert main(["select", str(job.path), "--selection.k", "31"]) == 2
     assert "only 30 of the 31 examples of the pool can be chosen" in capsys.readouterr().err
 

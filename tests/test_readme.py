@@ -10,7 +10,7 @@ import yaml
 
 from gradpursuit.cli import STAGE_VERBS
 from gradpursuit.config import RunConfig, build_config, load_config
-from gradpursuit.selection import STRATEGIES
+from gradpursuit.selection import STRATEGIES, check_strategies
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -45,6 +45,13 @@ def test_configurations_are_valid_and_the_example_shows_the_defaults() -> None:
             free.pop("target")
         assert shown == type(shown)(**free), section
     assert set(yaml.safe_load(path.read_text("utf-8"))["evaluation"]) == set(type(example.evaluation).model_fields)
+
+
+def test_the_combinations_shown_are_strategies() -> None:
+    shown = yaml.safe_load(block("yaml", "options:"))["selection"]
+    tree = {"model": {"path": "m"}, "data": {"pool": "p", "target": "t"}, "selection": shown}
+    check_strategies(build_config(tree, "README.md"))
+    assert set(shown["options"]) < set(shown["strategies"])
 
 
 def test_verbs_and_strategies_are_those_of_the_program() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from gradpursuit.files import sha256_of
 from gradpursuit.pipeline import Run
 from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore
+from gradpursuit.targets import targets
 from jobs import Job
 
 
@@ -100,7 +103,9 @@ def test_features_are_those_of_a_fresh_run_and_nothing_else_is_touched(
         assert chosen(run, name) == chosen(tmp_path / "fresh", name)
     reports = [json.loads((folder / "report.json").read_text()) for folder in (run, tmp_path / "fresh")]
     assert reports[0]["comparison"] == reports[1]["comparison"]
-    assert "target <code>other</code>: 10 target examples,\n5 held out" in (run / "report.html").read_text()
+    assert [report["cleaning"]["rows"]["target"] for report in reports] == [10, 10]
+    assert [report["cleaning"]["rows"]["heldout"] for report in reports] == [5, 5]
+    assert "chosen for “other” by gtp" in (run / "report.html").read_text("utf-8")
     assert contents(*parts) == before
 
 
@@ -135,17 +140,64 @@ def test_the_same_again_is_complete_and_other_content_is_refused(
         assert "choose another name, or give --replace" in message
     assert contents(folder) == before
     assert add(run, template, "more.jsonl", flags=("--replace",)) == 0
+    for line in capsys.readouterr().err.splitlines():
+        assert not re.search("[0-9a-f]{12}", line), "a sha256 tells a person nothing"
     assert {path for path, stamp in contents(folder).items() if before.get(path) == stamp} == set()
     assert main(["export", str(run)]) == 2, "the selection was for the other content"
     assert "needs 'selection'" in capsys.readouterr().err
-    pool = template.folder / "pool.jsonl"
-    pool.rename(template.folder / "away")
-    assert main(["status", str(run)]) == 0
-    assert "pool.jsonl: cannot be read" in capsys.readouterr().out
-    (template.folder / "away").rename(pool)
     assert main(["target", "list", str(run)]) == 0
     line = capsys.readouterr().out.splitlines()[1].split()
     assert line == ["other", "complete", "3", "2", "0", str(template.folder / "more.jsonl")]
+
+
+@pytest.fixture
+def elsewhere(template: Job, tmp_path: Path) -> Iterator[list[str]]:
+    """The input files of the run are gone for a while; their names."""
+    names = [str(template.folder / f"{name}.jsonl") for name in ("pool", "target", "heldout")]
+    kept = {path: Path(path).read_bytes() for path in names}
+    for path in names:
+        Path(path).unlink()
+    yield names
+    for path, content in kept.items():
+        Path(path).write_bytes(content)
+
+
+def test_a_finished_run_needs_its_input_files_no_more(
+    run: Path, template: Job, elsewhere: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = f"note: not there any more: {', '.join(elsewhere)}; what was made of it is used"
+    other = tmp_path / "other.jsonl"
+    other.write_bytes((template.folder / "other.jsonl").read_bytes())
+    words = ["--name", "other", "--file", str(other)]
+    for verb in (
+        ["target", "add", str(run), *words],
+        ["select", str(run), "--selection.target", "other"],
+        ["run", str(run / "config.yaml"), "--evaluation.seeds", "1", "--selection.strategies", "gtp,less,random"],
+        ["verify", str(run), "--sample", "1"],
+    ):
+        capsys.readouterr()
+        assert main(verb) == 0
+        assert capsys.readouterr().err.count(note) == 1
+    assert main(["status", str(run)]) == 0
+    printed = capsys.readouterr()
+    assert f"data: {note.removeprefix('note: ')}" in printed.out
+    assert "note" not in printed.err
+    assert "outdated" not in printed.out
+
+    other.unlink()
+    assert main(["target", "add", str(run), *words]) == 0
+    assert f"note: not there any more: {other}; what was made of it is used" in capsys.readouterr().err
+    assert main(["target", "add", str(run), "--name", "again", "--file", str(other)]) == 2
+    assert "other.jsonl: cannot be read" in capsys.readouterr().err
+
+    data = contents(run / "data")
+    assert main(["warmup", str(run), "--data.max_tokens", "500"]) == 2
+    message = capsys.readouterr().err
+    assert f"not there any more: {', '.join(elsewhere)}, but the data must be cleaned anew: put it back" in message
+    assert contents(run / "data") == data
+    Path(elsewhere[0]).write_bytes(b'{"prompt": "a", "completion": "b"}\n')
+    assert main(["select", str(run)]) == 2
+    assert "'selection' needs 'data', which is not complete" in capsys.readouterr().err
 
 
 def test_pool_rows_that_repeat_the_target_are_told_and_never_chosen(
@@ -188,6 +240,44 @@ def test_changed_settings_make_it_outdated_and_the_command_named_mends_it(
     assert main(command.split()[1:]) == 0
     assert main(["select", str(run)]) == 0
     assert GradientStore.open(run / "targets/other/gradients/target/identity").spec.dim == 128
+
+
+def test_other_strategies_need_only_the_features_that_are_lacking(
+    run: Path, template: Job, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, many = (["--selection.strategies", names] for names in ("gtp,random", "gtp,less"))
+    assert main(["collect", str(run), *few]) == 0
+    assert add(run, template, "other.jsonl") == 0
+    stores = run / "targets/other/gradients/target"
+    assert [path.name for path in stores.iterdir()] == ["adam-symmetric"]
+    before = contents(stores / "adam-symmetric")
+
+    assert main(["collect", str(run), *many]) == 0
+    capsys.readouterr()
+    assert main(["select", str(run), "--selection.target", "other"]) == 2
+    command = f"gradpursuit target add {run} --name other --file {template.folder / 'other.jsonl'}"
+    lacks = f"lacks features that the strategies need (identity); run `{command}`"
+    assert f"selection.target 'other' {lacks} first" in capsys.readouterr().err
+    assert main(["verify", str(run), "--sample", "0"]) == 2
+    assert f"target 'other' {lacks}" in capsys.readouterr().err
+    for verb in ("status", "target list"):
+        assert main([*verb.split(), str(run)]) == 0
+        printed = capsys.readouterr().out
+        assert f"other: {lacks}" in printed
+        assert "unfinished" in printed
+
+    assert main(["collect", str(run), *few]) == 0, "features that are there are enough for strategies that need no more"
+    assert main(["select", str(run), "--selection.target", "other"]) == 0
+    assert main(["collect", str(run), *many]) == 0
+    assert main(command.split()[1:]) == 0
+    assert contents(stores / "adam-symmetric") == before
+    assert main(["select", str(run), "--selection.target", "other"]) == 0
+    assert main(["collect", str(run), *few]) == 0
+    assert main(["select", str(run), "--gradients.preconditioner", "identity"]) == 2, "the run's own are others now"
+    assert main(["collect", str(run), "--gradients.preconditioner", "identity"]) == 0
+    assert main(["select", str(run)]) == 0, "identity was collected for another strategy"
+    (target,) = list(targets(Run(load_config(run / "config.yaml", [f"run_dir={run}"]))))
+    assert target.features == ["adam-symmetric", "identity"]
 
 
 def test_a_broken_or_unfinished_target_is_named_and_mended(

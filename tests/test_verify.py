@@ -148,7 +148,7 @@ def test_added_targets_are_verified_as_well(damaged: Path) -> None:
     assert {check.store for check in found.checks} >= {"targets/other/target/identity"}
     heldout = damaged / "targets" / "other" / "data" / "heldout.parquet"
     heldout.write_bytes(heldout.read_bytes()[:-1])
-    assert [p for p in problems(damaged) if "target 'other' is damaged" in p and "heldout.parquet" in p]
+    assert [p for p in problems(damaged) if "target 'other' has a file that is missing" in p and "heldout.parquet" in p]
 
 
 def test_sample_sizes(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dim", type=int, default=32_768, help="of two checkpoints together")
     parser.add_argument("--budget", type=int, default=13_500)
     parser.add_argument("--rounds", type=int, default=3, help="of reading")
+    parser.add_argument("--cold", action="store_true", help="evict the rows before every pass: all are read from disk")
     parser.add_argument("--keep", action="store_true", help="leave the rows on disk for the next time")
     parser.add_argument("--cords", metavar="PYTHON", help="interpreter of CORDS' environment (peers/setup.sh)")
     parser.add_argument("--slice", type=int, default=4096, help="rows, all dimensions, that CORDS is measured on")
@@ -61,10 +62,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class TimedMatrix:
-    """A matrix that keeps the seconds of everything it is asked for."""
+    """A matrix that keeps the seconds of everything it is asked for.
 
-    def __init__(self, matrix: GradientMatrix) -> None:
-        self._matrix = matrix
+    prepare: called before every pass; what that takes is kept apart, as "preparing".
+    """
+
+    def __init__(self, matrix: GradientMatrix, prepare: Callable[[], None]) -> None:
+        self._matrix, self._prepare = matrix, prepare
         self.seconds: dict[str, list[float]] = {}
 
     @property
@@ -95,6 +99,11 @@ class TimedMatrix:
 
     def _timed(self, name: str, *given: Any) -> Any:
         begin = time.perf_counter()
+        if name == "correlate" or (name == "squared_norms" and name not in self.seconds):
+            self._prepare()
+            ready = time.perf_counter()
+            self.seconds.setdefault("preparing", []).append(ready - begin)
+            begin = ready
         result = getattr(self._matrix, name)(*given)
         self.seconds.setdefault(name, []).append(time.perf_counter() - begin)
         return result
@@ -105,16 +114,25 @@ def pursue(store: DiskFeatures, target: NDArray[np.float64], arguments: argparse
     compile_kernels()
     few = TrajectoryMatrix([[shards[0][:64]] for shards in store.blocks()])
     fitted(GradientTrajectoryPursuit(1), few, target)  # compiles what reads float16
-    matrix = TrajectoryMatrix(store.blocks())
-    matrix.correlate(target)  # brings into memory what fits there
-    before = bandwidth(store, matrix, target, arguments.rounds)
-    timed = TimedMatrix(TrajectoryMatrix(store.blocks()))
+    blocks = store.blocks()
+    matrix = TrajectoryMatrix(blocks)
+    if not arguments.cold:
+        matrix.correlate(target)  # brings into memory what fits there
+
+    def prepare() -> None:
+        if arguments.cold:
+            store.evict(blocks)
+
+    before = bandwidth(store, matrix, target, arguments.rounds, prepare)
+    timed = TimedMatrix(TrajectoryMatrix(blocks), prepare)
     with memory() as peak:
         solver, seconds = fitted(GradientTrajectoryPursuit(arguments.budget, alpha=ALPHA), timed, target)
-    after = bandwidth(store, matrix, target, 1)
+    after = bandwidth(store, matrix, target, 1, prepare)
+    seconds -= sum(timed.seconds.pop("preparing"))
     passes = timed.seconds["correlate"]
     norms = timed.seconds["squared_norms"][0]
     made = {
+        "cold": arguments.cold,
         "gtp": described(solver, seconds, Problem(matrix, target)),
         "seconds_of": {name: sum(values) for name, values in timed.seconds.items()},
         "every_pass_seconds": passes,
@@ -135,11 +153,16 @@ def pursue(store: DiskFeatures, target: NDArray[np.float64], arguments: argparse
 
 
 def bandwidth(
-    store: DiskFeatures, matrix: GradientMatrix, target: NDArray[np.float64], rounds: int
+    store: DiskFeatures,
+    matrix: GradientMatrix,
+    target: NDArray[np.float64],
+    rounds: int,
+    prepare: Callable[[], None],
 ) -> dict[str, float]:
     """GB/s of reading the files with one thread and with several, and of a pass, in turn; medians.
 
-    share: the pass as a share of the faster way of reading, median of the ratios of each round.
+    prepare: called before each, untimed. share: the pass as a share of the faster way of reading, median of the ratios
+    of each round.
     """
     paths = [path for shards in store.paths() for path in shards]
 
@@ -161,6 +184,7 @@ def bandwidth(
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
+            prepare()
             begin = time.perf_counter()
             way()
             speeds[name].append(store.nbytes / (time.perf_counter() - begin) / 1e9)
@@ -210,7 +234,8 @@ def tell(made: dict[str, Any]) -> None:
         named = [f"{name} {speed:.2f}" for name, speed in speeds[when].items() if name != "share"]
         print(f"GB/s {when}: " + ", ".join(named))
     print(f"passes within the pursuit: {speeds['passes of the pursuit']:.2f} GB/s")
-    print(f"a pass reads at {made['bandwidth_share']:.0%} of the files' bandwidth (target {BANDWIDTH:.0%})")
+    where = "disk's" if made["cold"] else "files'"
+    print(f"a pass reads at {made['bandwidth_share']:.0%} of the {where} bandwidth (target {BANDWIDTH:.0%})")
     print(f"memory beyond files: {made['memory_bytes']['peak'] / 2**30:.2f} GiB at most", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,6 +119,18 @@ class DiskFeatures:
             [np.memmap(path, np.float16, "r").reshape(-1, width) for path in shards]
             for shards, width in zip(self.paths(), self.widths, strict=True)
         ]
+
+    def evict(self, blocks: list[list[NDArray[np.float16]]]) -> None:
+        """See that the next who reads the files, or `blocks` of them, reads from the disk.
+
+        Pages that are mapped stay in memory, so that the mappings let go of them first.
+        """
+        for shards, paths in zip(blocks, self.paths(), strict=True):
+            for shard, path in zip(shards, paths, strict=True):
+                shard.base._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[union-attr]
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())  # what is not yet written cannot go
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def rows(self, count: int) -> NDArray[np.float32]:
         """The first `count` rows of all checkpoints [count, D]."""

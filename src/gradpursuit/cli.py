@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradpursuit import __version__
 from gradpursuit.console import at_work, console, quiet_libraries
@@ -25,6 +26,7 @@ STAGE_VERBS = {
     "export": ("export", "export", "write selected.jsonl for every strategy"),
     "compare": ("evaluation", "report", "fine-tune on every selection, score held-out examples, write the report"),
 }
+NEXT = {"trajectory": "collect", "gradients": "select", "selection": "export", "export": "compare"}
 OVERRIDES = (
     "every setting is also a flag that overrides the file: --selection.k 50, --seed 1; "
     "on a Ray cluster: --engine ray [--address HOST:PORT]"
@@ -36,20 +38,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("gradpursuit").setLevel(logging.DEBUG)
-    printer = console()
     try:
-        arguments.verb(arguments, overrides)
+        with console(quiet=arguments.quiet):
+            arguments.verb(arguments, overrides)
     except GradPursuitError as error:
-        printer.clear_line()
         print(f"gradpursuit: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:  # the disk, wherever it fails
-        printer.clear_line()
         place = f"{error.filename}: " if error.filename else ""
         print(f"gradpursuit: error: {place}{error.strerror or error}; finished work is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        printer.clear_line()
         print("gradpursuit: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
@@ -61,23 +60,35 @@ def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     quiet_libraries()
     config = quickstart_config(Path(arguments.run_dir), overrides)
-    _execute(config, "report", inputs=lambda: fetch_inputs(Path(str(config.run_dir))))
+    _execute(arguments, config, "report", inputs=lambda: fetch_inputs(Path(str(config.run_dir))))
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit run config.yaml`."""
     quiet_libraries()
-    if arguments.run_dir:
-        overrides = [*overrides, _run_dir(arguments.run_dir)]
-    _execute(_load(Path(arguments.config), overrides), "report")
+    _execute(arguments, _load(Path(arguments.config), overrides, arguments.run_dir), "report")
 
 
 def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit warmup|collect|select|export|compare RUN`."""
     first, last, _ = STAGE_VERBS[arguments.name]
     path = _config_file(arguments.run)
+    if getattr(arguments, "targets", None):
+        overrides = [*overrides, f"evaluation.targets={json.dumps(arguments.targets.split(','))}"]
     quiet_libraries()
-    _execute(_load(path, overrides), last, first)
+    _execute(arguments, _load(path, overrides, arguments.run_dir), last, first)
+
+
+def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit report RUN`."""
+    from gradpursuit.pipeline import Run
+    from gradpursuit.report.terminal import Done
+
+    made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
+    with at_work(made):
+        page, data = made.report(full=arguments.full)
+    done = Done(made.folder, [page, data], _view(page))
+    done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
 def status(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -94,7 +105,7 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gradpursuit.estimate import estimate as measure
 
     quiet_libraries()
-    found = measure(_load(_config_file(arguments.config), overrides))
+    found = measure(_load(_config_file(arguments.config), overrides, arguments.run_dir))
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
         return
@@ -121,16 +132,20 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
     found = check(Run(_load(folder / "config.yaml", overrides)), arguments.sample)
-    for line in map(check_line, found.checks):
-        print(line)
+    if arguments.json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        print("\n".join(map(check_line, found.checks)), end="\n" if found.checks else "")
     if found.problems:
         raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
-    print(f"{folder}: every file is what was written, no row is missing")
+    if not arguments.json:
+        print(f"{folder}: every file is what was written, no row is missing")
 
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit target add RUN --name N --file F`."""
     from gradpursuit.pipeline import Run
+    from gradpursuit.report.terminal import Done
     from gradpursuit.targets import TargetFiles, add_target
 
     config = _load(_run_folder(arguments.run) / "config.yaml", overrides)
@@ -139,8 +154,9 @@ def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     made = Run(config)
     with at_work(made):
         target = add_target(made, arguments.name, files, replace=arguments.replace)
-    print(f"target folder: {target.folder}")
-    print(f"choose for it: gradpursuit select {made.folder} --selection.target {target.name}")
+    following = f"gradpursuit select {made.folder} --selection.target {target.name}"
+    done = Done(target.folder, [target.folder / "data", target.folder / "gradients"], following)
+    done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
 def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -151,19 +167,45 @@ def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     made = Run(_load(_run_folder(arguments.run) / "config.yaml", overrides), quick=True)
     found = [target.describe() for target in targets(made)]
-    print("\n".join(target_lines(found)) if found else f"{made.folder}: no target was added")
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(target_lines(found)) if found else f"{made.folder}: no target was added")
 
 
-def _execute(config: RunConfig, upto: str, first: str | None = None, inputs: Callable[[], None] = lambda: None) -> None:
+def strategies(arguments: argparse.Namespace, overrides: list[str]) -> None:
+    """`gradpursuit strategies`."""
+    from gradpursuit.selection import describe_strategies
+
+    found = describe_strategies()
+    if arguments.json:
+        print(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    from gradpursuit.status import strategy_lines
+
+    print("\n".join(strategy_lines(found)))
+
+
+def _execute(
+    arguments: argparse.Namespace,
+    config: RunConfig,
+    upto: str,
+    first: str | None = None,
+    inputs: Callable[[], None] = lambda: None,
+) -> None:
     from gradpursuit.pipeline import Run
+    from gradpursuit.report.terminal import Done
 
     made = Run(config)
     with at_work(made):
         inputs()
         made.execute(upto, first)
+    files = made.written(first or "export", upto)
     if upto == "report":
-        _print_table(made)
-    print(f"run folder: {made.folder}")
+        done = Done(made.folder, files, _view(made.folder / "report.html"), *_outcome(made))
+    else:
+        done = Done(made.folder, files, f"gradpursuit {NEXT[upto]} {made.folder}")
+    done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
 def _config_file(name: str) -> Path:
@@ -185,6 +227,9 @@ def _run_folder(name: str) -> Path:
         RunError: it is none.
     """
     path = Path(name)
+    if path.is_file():
+        where = f"run_dir of the configuration, or runs/{path.stem}"
+        raise RunError(f"{path}: a file; give the run folder instead: {where}")
     if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
         from gradpursuit.lock import holder
 
@@ -196,39 +241,32 @@ def _run_folder(name: str) -> Path:
     return path
 
 
-def _run_dir(path: str | Path) -> str:
-    """The setting that makes `path` the run folder, whatever YAML would take it for."""
-    return f"run_dir={json.dumps(str(path))}"
-
-
-def _load(path: Path, overrides: list[str]) -> RunConfig:
+def _load(path: Path, overrides: list[str], run_dir: str | None = None) -> RunConfig:
     """Read a configuration; paths become absolute, so that a saved one can be replayed from anywhere.
 
-    The configuration of a run folder is that of the folder it lies in, wherever that was moved to.
+    The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
+    names another.
     """
     from gradpursuit.config import load_config
+    from gradpursuit.remote import located
 
-    if (path.parent / "manifest.json").is_file() and not any(o.startswith("run_dir=") for o in overrides):
-        overrides = [*overrides, _run_dir(path.parent)]
+    if run_dir is None and (path.parent / "manifest.json").is_file():
+        run_dir = str(path.parent)
+    if run_dir is not None:
+        overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for
     config = load_config(path, overrides)
     data, model = config.data, Path(config.model.path).expanduser()
-    absolute = {name: [_absolute(file) for file in getattr(data, name)] for name in ("pool", "target", "heldout")}
+    files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
+    absolute = {name: None if paths is None else list(map(_absolute, paths)) for name, paths in files.items()}
     return config.model_copy(
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update=absolute),
-            "gradients": config.gradients.model_copy(update={"store": _store(config.gradients.store)}),
+            "gradients": config.gradients.model_copy(update={"store": located(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }
     )
-
-
-def _store(text: str | None) -> str | None:
-    """Where features are kept: a URL as it is, a path absolute."""
-    from gradpursuit.remote import is_url
-
-    return text if text is None or is_url(text) else _absolute(text)
 
 
 def _absolute(path: str) -> str:
@@ -246,33 +284,49 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb.set_defaults(verb=quickstart)
     verb = verbs.add_parser("run", help="the whole job on your own files", epilog=OVERRIDES)
     verb.add_argument("config", help="the configuration, a YAML file; see examples/")
-    verb.add_argument("--run-dir", help="the run folder (default: run_dir of the file, or runs/<name of the file>)")
+    _add_run_dir(verb)
     verb.set_defaults(verb=run)
     for name, (_first, _last, text) in STAGE_VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text, epilog=OVERRIDES)
         verb.add_argument("run", metavar="RUN", help="a run folder, or a configuration that names one")
+        _add_run_dir(verb)
+        if name == "compare":
+            verb.add_argument("--targets", metavar="A,B", help="targets that were added, and `own`: evaluation.targets")
         verb.set_defaults(verb=stage, name=name)
     text = "show how far every stage is: state, rows done, rate and time left"
     verb = verbs.add_parser("status", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
     verb.add_argument("run", metavar="RUN", help="a run folder")
-    verb.add_argument("--json", action="store_true", help="print it as JSON")
     verb.set_defaults(verb=status)
+    text = "write report.html and report.json of a run as it is now"
+    verb = verbs.add_parser("report", help=text, description=f"{text}; what is missing is said there", epilog=OVERRIDES)
+    verb.add_argument("run", metavar="RUN", help="a run folder")
+    verb.add_argument("--full", action="store_true", help="also what takes long with a large pool or budget")
+    verb.set_defaults(verb=report)
     text = "time up to 128 rows and a few steps, and print what every stage will cost"
     verb = verbs.add_parser("estimate", help=text, description=f"{text}; leaves nothing behind", epilog=OVERRIDES)
     verb.add_argument("config", help="the configuration, a YAML file, or a run folder")
-    verb.add_argument("--json", action="store_true", help="print it as JSON")
+    _add_run_dir(verb)
     verb.set_defaults(verb=estimate)
+    text = "list the strategies: what they follow, what they need, whether their choice depends on the seed"
+    verb = verbs.add_parser("strategies", help=text, description=text)
+    verb.set_defaults(verb=strategies)
     text = "check every file of a run against its sha256, find missing rows, compute some features again"
     verb = verbs.add_parser("verify", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.add_argument("--sample", type=int, default=8, help="rows of each split to compute again (default: 8)")
     verb.set_defaults(verb=verify)
     _add_target_verbs(verbs.add_parser("target", help="add a target to a finished run, or list those it has"))
+    _add_output_flags(verbs)
     try:
         words, overrides = _split(argv)
     except ConfigError as error:
         parser.error(str(error))
     return parser.parse_args(words), overrides
+
+
+def _add_run_dir(verb: argparse.ArgumentParser) -> None:
+    text = "the run folder (default: run_dir of the configuration, or runs/<name of the file>)"
+    verb.add_argument("--run-dir", metavar="FOLDER", help=text)
 
 
 def _add_target_verbs(parser: argparse.ArgumentParser) -> None:
@@ -294,6 +348,15 @@ def _add_target_verbs(parser: argparse.ArgumentParser) -> None:
     verb = verbs.add_parser("list", help="list the targets that were added to a run")
     verb.add_argument("run", metavar="RUN", help="a run folder")
     verb.set_defaults(verb=target_list)
+    _add_output_flags(verbs)
+
+
+def _add_output_flags(verbs: Any) -> None:
+    """Flags that every verb has."""
+    for verb in verbs.choices.values():
+        if verb.get_default("verb"):
+            verb.add_argument("--json", action="store_true", help="print the result as JSON, for machines")
+            verb.add_argument("--quiet", "-q", action="store_true", help="show no progress and no summary")
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -316,14 +379,19 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return words, overrides
 
 
-def _print_table(made: Run) -> None:
-    from rich.console import Console
-
+def _outcome(made: Run) -> tuple[dict[str, Any], list[Any]]:
+    """How the comparison came out and what it took, for machines and for people."""
+    from gradpursuit.evaluation.table import to_json
     from gradpursuit.report.terminal import comparison_table, timing_table
 
-    console = Console()
-    console.print(comparison_table(made.lines()))
-    console.print(timing_table(made.manifest.read()))
+    lines, manifest = made.lines(), made.manifest.read()
+    seconds = {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry}
+    return {"comparison": to_json(lines), "seconds": seconds}, [comparison_table(lines), timing_table(manifest)]
+
+
+def _view(page: Path) -> str:
+    """The command that opens a page in the user's browser, on any system."""
+    return f"python -m webbrowser {shlex.quote(page.as_uri())}"
 
 
 if __name__ == "__main__":

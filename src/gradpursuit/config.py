@@ -1,7 +1,7 @@
 """The configuration of a run: frozen sections with documented fields, read from YAML, overridden by flags.
 
 YAML and command line build the same objects; an unknown key or a wrong value is refused with the place,
-the cause and the nearest right name.
+the cause and the nearest right name. A list of names may also be written as one text with commas.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic_core import PydanticCustomError
 
 from gradpursuit.errors import ConfigError, nearest
 from gradpursuit.remote import is_url, require_no_secrets
+from gradpursuit.tree import apply_overrides, read_tree
 
 _SECRET = "secret"  # the type of an error whose value is not repeated
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
@@ -37,6 +38,17 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    """A text as the list that it means: its parts between commas; a name that holds a comma needs a list of its own."""
+    if not isinstance(value, str):
+        return value
+    names = [name.strip() for name in value.split(",")]
+    if not all(names):
+        raise ValueError("a name is empty; one that holds a comma itself is written ['a,b']")
+    return names
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
 Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
 Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
 Fraction = Annotated[Number, Field(gt=0, le=1)]
@@ -47,6 +59,20 @@ def _without_secrets(value: str, what: str) -> str:
         return require_no_secrets(value, what)
     except ValueError as error:
         raise PydanticCustomError(_SECRET, "{reason}", {"reason": str(error)}) from None
+
+
+def _budget(value: Any) -> Any:
+    """A count of examples (an integer) or a share of the pool (anything else that is a number)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("expected a count of examples, such as 50, or a share of the pool, such as 0.05")
+    number = value if isinstance(value, int) else float(value)
+    if number <= 0 or (isinstance(number, float) and number > 1):
+        raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
+    return number
+
+
+Budget = Annotated[int | float, BeforeValidator(_budget)]
+OWN = "own"  # the target of data.target, among those that were added
 
 
 def target_name(name: str) -> str:
@@ -60,6 +86,8 @@ def target_name(name: str) -> str:
             "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
             "YAML takes for a value (true, no, null, ...)"
         )
+    if name == OWN:
+        raise ValueError(f"'{OWN}' is what the run's own target is called")
     return name
 
 
@@ -75,9 +103,14 @@ class LoraSection(Section):
     r: Whole = Field(8, ge=1, description="rank of the adapter")
     alpha: Whole = Field(16, ge=1, description="LoRA alpha; the adapter's output is scaled by alpha / r")
     target_modules: str | list[str] = Field(
-        "all-linear", description="'all-linear', a regular expression, or a list of module names"
+        "all-linear", description="'all-linear', a list of module names, or a regular expression"
     )
     rslora: bool = Field(False, description="scale the adapter's output by alpha / sqrt(r) instead (rsLoRA)")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_or_expression(cls, value: Any) -> Any:
+        return _listed(value) if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", str(value)) else value
 
 
 class ModelSection(Section):
@@ -103,7 +136,8 @@ class ModelSection(Section):
     def _an_adapter_unless_layers(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or value.get("lora") is not None:
             return value
-        return {**value, "lora": {} if value.get("layers") is None else None}
+        others = {name: setting for name, setting in value.items() if name != "lora"}
+        return others if value.get("layers") is None else {**others, "lora": None}
 
     @field_validator("layers")
     @classmethod
@@ -124,26 +158,35 @@ class ModelSection(Section):
 class DataSection(Section):
     """The examples to choose from and the examples of the task that matters."""
 
-    pool: list[str] = Field(description="JSONL file or files of the pool")
-    target: list[str] = Field(description="JSONL file or files of the target: a few dozen examples")
-    heldout: list[str] = Field(
-        default_factory=list, description="target examples for scoring only; empty: split off from the target"
+    pool: Names = Field(description="JSONL file or files of the pool")
+    target: Names | None = Field(
+        description="JSONL file or files of the target: a few dozen examples; null or 'pool': no target but the "
+        "pool itself, whose mean gradient is what the chosen rows are to reproduce (in-domain selection)"
+    )
+    heldout: Names = Field(
+        default_factory=list,
+        description="examples for scoring only; empty: split off from the target (in-domain: from the pool)",
     )
     max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
     max_dropped: Number = Field(
         0.5, ge=0, le=1, description="share of a file's rows that may be dropped before it is an error"
     )
 
-    @field_validator("pool", "target", "heldout", mode="before")
+    @property
+    def in_domain(self) -> bool:
+        """Whether the pool is its own target."""
+        return self.target is None
+
+    @field_validator("target", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _the_pool_is_none(cls, value: Any) -> Any:
+        return None if value == "pool" else value
 
 
 class WarmupSection(Section):
     """The short training run that is followed: one made here, or, with `trajectory`, one that you already have."""
 
-    trajectory: list[str] = Field(
+    trajectory: Names = Field(
         default_factory=list,
         description="checkpoint folders of a training run you already have, oldest first, or one folder that holds "
         "checkpoint-*; all of them are followed, nothing is trained, and no other setting of this section may be given",
@@ -154,17 +197,11 @@ class WarmupSection(Section):
     batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
 
-    @field_validator("trajectory", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _nothing_is_trained(self) -> WarmupSection:
-        fields = {name: field.default for name, field in type(self).model_fields.items() if name != "trajectory"}
-        changed = [name for name, default in fields.items() if getattr(self, name) != default]
-        if self.trajectory and changed:
-            raise ValueError(f"with trajectory nothing is trained, so leave out {', '.join(changed)}")
+        given = [name for name in type(self).model_fields if name in self.model_fields_set - {"trajectory"}]
+        if self.trajectory and given:
+            raise ValueError(f"with trajectory nothing is trained, so leave out {', '.join(given)}")
         return self
 
 
@@ -196,12 +233,32 @@ class GradientsSection(Section):
         return _without_secrets(value, "the URL of the store") if value and is_url(value) else value
 
 
-class PursuitSection(Section):
+class MatchingSection(Section):
+    """Of features and target, the problem that is pursued."""
+
+    normalize: Literal["unit", "unit-before", "none"] = Field(
+        "unit",
+        description="norm of each row at each checkpoint; unit-before: one before the row is projected onto a "
+        "subspace, where its length then tells how much of it lies there",
+    )
+    balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    subspace: Literal["none", "target", "pool"] = Field(
+        "none",
+        description="project the features of every checkpoint onto the top right singular "
+        "vectors of the target's or of the pool's features there",
+    )
+    rank: Whole = Field(32, ge=1, description="r: dimensions of that subspace; fewer where the features have fewer")
+
+
+class PursuitSection(MatchingSection):
     """The joint selection."""
 
     alpha: Number = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
-    normalize: Literal["unit", "none"] = Field("unit", description="norm of each row at each checkpoint")
-    balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    targets: Literal["mean", "balanced", "split"] = Field(
+        "mean",
+        description="several target groups (files): pursue the mean of their means, all with one support, or each with "
+        "its share of the budget",
+    )
     max_iter: Whole = Field(50, ge=1, description="pursuit iterations per layer")
     tol: Number | None = Field(
         None, ge=0, description="smallest relative improvement of the objective to go on; null: by the budget"
@@ -223,17 +280,17 @@ class PursuitSection(Section):
 class SelectionSection(Section):
     """Which strategies choose, and how many examples."""
 
-    strategies: list[str] = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
+    strategies: Names = Field(["gtp", "less", "random"], min_length=1, description="what to compare")
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="settings of single strategies: {less: {reducer: mean}} re-sets one that exists, {mine: {selector: "
+        "topk, preconditioner: adam}} makes a new one that `strategies` can name",
+    )
     k: Whole | None = Field(None, ge=1, description="examples to choose; or give a fraction")
     fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
     target: str | None = Field(
         None, description="a target that `gradpursuit target add` added to the run; null: the one of data.target"
     )
-
-    @field_validator("strategies", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
     @field_validator("target")
     @classmethod
@@ -250,14 +307,62 @@ class SelectionSection(Section):
 
 
 class EvaluationSection(Section):
-    """Fine-tuning on every subset and scoring on held-out target examples."""
+    """Fine-tuning on every subset and scoring on held-out target examples: strategies × budgets × protocols × seeds."""
 
-    seeds: Whole = Field(2, ge=1, description="fine-tuning runs per strategy")
-    epochs: Whole = Field(3, ge=1, description="passes over the k examples; the same steps for every strategy")
+    strategies: list[str] = Field(
+        default_factory=list, description="those of selection.strategies to compare, the reference first; empty: all"
+    )
+    targets: list[str] = Field(
+        default_factory=list,
+        description=f"added targets to choose for and to score ('{OWN}': that of data.target); empty: selection.target",
+    )
+    budgets: list[Budget] = Field(
+        default_factory=list,
+        description="examples to choose: counts (50) or shares of the pool (0.05); empty: the budget of the selection",
+    )
+    protocols: list[Literal["equal-steps", "equal-epochs"]] = Field(
+        ["equal-steps"], min_length=1, description="how long to train: every budget equally long, or by its size"
+    )
+    endpoints: list[Literal["base", "full"]] = Field(
+        ["base", "full"], description="what to compare with: the untouched model, training on the full pool"
+    )
+    accuracy: bool = Field(
+        False, description="also multiple-choice accuracy of held-out rows with `choices`; needs gradpursuit[eval]"
+    )
+    crossed: bool = Field(False, description="score every subset on all targets: do the others gain from it as well?")
+    seeds: Whole = Field(3, ge=1, description="fine-tuning runs per subset; stochastic strategies draw anew for each")
+    steps: Whole | None = Field(
+        None, ge=1, description="optimizer steps of equal-steps; null: `epochs` passes over the largest budget"
+    )
+    epochs: Whole = Field(3, ge=1, description="passes of equal-epochs over the k examples of a budget")
     batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
     learning_rate: Number = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
-    holdout: Number = Field(0.3, gt=0, lt=1, description="share of the target set aside when data.heldout is empty")
+    holdout: Number = Field(
+        0.3,
+        gt=0,
+        lt=1,
+        description="share of the target (in-domain: of the pool) set aside when data.heldout is empty",
+    )
+
+    @field_validator("strategies", "targets", "budgets", "protocols", "endpoints", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return [value]
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("strategies", "targets", "budgets", "protocols", "endpoints")
+    @classmethod
+    def _none_twice(cls, value: list[Any]) -> list[Any]:
+        if len(set(map(repr, value))) != len(value):
+            raise ValueError("an entry is listed twice")
+        return value
+
+    @field_validator("targets")
+    @classmethod
+    def _usable_names(cls, value: list[str]) -> list[str]:
+        return [name if name == OWN else target_name(name) for name in value]
 
 
 class EngineSection(Section):
@@ -308,8 +413,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _compared_strategies_are_selected(self) -> RunConfig:
+        unknown = [name for name in self.evaluation.strategies if name not in self.selection.strategies]
+        if unknown:
+            raise ValueError(
+                f"evaluation.strategies: {', '.join(unknown)} not among selection.strategies "
+                f"({', '.join(self.selection.strategies)}), which choose"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _settings_of_the_adapter(self) -> RunConfig:
-        if self.warmup.trajectory and self.model.lora not in (None, LoraSection()):
+        if self.warmup.trajectory and self.model.lora is not None and "lora" in self.model.model_fields_set:
             raise ValueError(
                 "model.lora and warmup.trajectory are both given: the adapter there has settings of its own, which "
                 "are used; leave model.lora out"
@@ -317,8 +432,16 @@ class RunConfig(Section):
         return self
 
     def dump(self) -> str:
-        """The resolved configuration as YAML, which :func:`load_config` reads back to an equal object."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The resolved configuration as YAML, which :func:`load_config` reads back to an equal object.
+
+        Settings that a given trajectory makes meaningless, and which may not be given beside it, are left out.
+        """
+        tree = self.model_dump(mode="json")
+        if self.warmup.trajectory:
+            tree["warmup"] = {"trajectory": self.warmup.trajectory}
+            if self.model.lora is not None:
+                del tree["model"]["lora"]
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -329,32 +452,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, or a value is not usable.
     """
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
+    tree = read_tree(path)
     apply_overrides(tree, overrides)
     return build_config(tree, str(path), overrides)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping after looking for repeated keys."""
-        names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, (name, line) in enumerate(names):
-            if name in [earlier for earlier, _ in names[:index]]:
-                raise ConfigError(f"line {line}: the key '{name}' is given twice")
-        return super().construct_mapping(node, deep)
 
 
 def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -367,8 +467,23 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
-        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item))}" for item in error.errors()]
+        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item), RunConfig)}" for item in error.errors()]
         raise ConfigError("\n".join(lines)) from None
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def build_section(kind: type[SectionT], values: Mapping[str, Any], within: str) -> SectionT:
+    """Validate values as a section of their own, which lies at the key `within` of the configuration.
+
+    Raises:
+        ConfigError: with one line per wrong key or value.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(dict(item), kind, within) for item in error.errors())) from None
 
 
 def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str:
@@ -380,58 +495,34 @@ def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str
     return ", ".join(named) or where
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set `section.key=value` in a configuration tree; values are read as YAML.
-
-    Raises:
-        ConfigError: an override has no value, or names a value as if it were a section.
-    """
-    for override in overrides:
-        _apply_override(tree, override)
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    """Set `section.key=value` in `tree`; the value is read as YAML, so 5, true and [a, b] mean what they say."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE")
-    *sections, name = key.split(".")
-    for section in sections:
-        if tree.get(section) is None:
-            tree[section] = {}
-        tree = tree[section]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"flag '--{key}': '{section}' is a value, not a section")
-    try:
-        tree[name] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        tree[name] = text
-
-
-def _explain(item: dict[str, Any]) -> str:
-    """One line for one pydantic error: key, value, cause and fix."""
+def _explain(item: dict[str, Any], root: type[BaseModel], within: str = "") -> str:
+    """One line for one pydantic error of a `root` at the key `within`: key, value, cause and fix."""
     keys = [str(part) for part in item["loc"]]
-    key = ".".join(keys)
+    above = [within] if within else []
+    key = ".".join([*above, *keys])
     if item["type"] == _SECRET:
         return f"'{key}': {item['msg']}"
     if item["type"] == "extra_forbidden":
-        section = _section_at(keys[:-1])
-        parent = ".".join(keys[:-1])
+        section = _section_at(root, keys[:-1])
+        parent = ".".join([*above, *keys[:-1]])
         place = f" in section '{parent}'" if parent else ""
         return f"unknown key '{keys[-1]}'{place}; {nearest(keys[-1], section.model_fields)}"
     if item["type"] == "missing":
         return f"'{key}' is missing and has no default"
-    if not key:
-        return str(item["msg"].removeprefix("Value error, "))
+    if not keys:
+        return (f"{within}: " if within else "") + str(item["msg"].removeprefix("Value error, "))
     message = {
         "model_type": "expected a section with keys of its own",
         "list_type": "expected a list, such as [a, b]",
     }.get(item["type"], item["msg"].removeprefix("Value error, "))
+    if not key:
+        return str(message)
+    if isinstance(item["input"], Mapping):  # a section: the message says which of its keys are in the way
+        return f"'{key}': {message}"
     return f"'{key}' = {item['input']!r}: {message}"
 
 
-def _section_at(keys: Sequence[str]) -> type[BaseModel]:
-    section: type[BaseModel] = RunConfig
+def _section_at(section: type[BaseModel], keys: Sequence[str]) -> type[BaseModel]:
     for key in keys:
         annotation = section.model_fields[key].annotation
         kinds = get_args(annotation) or (annotation,)  # a section, or `Section | None`

@@ -1,52 +1,162 @@
-"""What a command prints and logs while it works."""
+"""What a command prints and logs while it works: on a terminal bars of the work at hand, else plain lines.
+
+All of it goes to stderr; stdout is for what a command was asked for.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradpursuit.progress import Progress, listening
+
 if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+    from rich.progress import Progress as Display
+    from rich.progress import TaskID
+
     from gradpursuit.pipeline import Run
 
 
+_TOLD = "told"  # what was last told, among the things that are shown
+
+
 class Console(logging.Handler):
-    """Prints records to stderr; on a terminal, progress stays on one line."""
+    """Prints records to stderr, and shows every :class:`~gradpursuit.progress.Progress` as a bar if that is a terminal.
 
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._terminal, self._open = sys.stderr.isatty(), False
+    Args:
+        quiet: print warnings alone, and no bar.
+    """
 
-    def clear_line(self) -> None:
-        """Leave the progress line, if there is one."""
-        if self._open:
-            sys.stderr.write("\r\x1b[K")
-            self._open = False
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
+        self._bars = Bars() if is_terminal() and not quiet else None
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Show the work that is done in this block."""
+        if self._bars is None:
+            yield
+            return
+        try:
+            with listening(self._bars.show):
+                yield
+        finally:
+            self._bars.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
-        self.clear_line()
-        prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        if getattr(record, "progress", False) and self._terminal:
-            sys.stderr.write(prefix + record.getMessage())
-            self._open = True
+        """Print one record; one of progress stays on the last line of a terminal."""
+        text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        if self._bars is None:
+            print(text, file=sys.stderr, flush=True)
+        elif getattr(record, "progress", False):
+            self._bars.tell(text)
         else:
-            sys.stderr.write(prefix + record.getMessage() + "\n")
-        sys.stderr.flush()
+            self._bars.print(text, warning=record.levelno >= logging.WARNING)
 
 
-def console() -> Console:
-    """Print what the package logs; a second call replaces the first's handler."""
+class Bars:
+    """The work at hand on a terminal: a bar for each, with rate and time left; without one, what was last told."""
+
+    def __init__(self) -> None:
+        from rich.console import Console as RichConsole
+
+        self._console = RichConsole(stderr=True, highlight=False)
+        self._display: Display | None = None
+        self._tasks: dict[object, TaskID] = {}
+
+    def show(self, work: Progress) -> None:
+        """Draw how far `work` is; its bar goes when it ends."""
+        self._drop(_TOLD)
+        self._draw(work, work.what, work.done, work.total, f"{work.done}/{work.total or '?'} {work.unit}", work.rate)
+        if work.ended:
+            self._drop(work)
+
+    def tell(self, text: str) -> None:
+        """Show `text` until something else is shown or printed; bars say what they show better."""
+        if not self._tasks.keys() - {_TOLD}:
+            self._draw(_TOLD, text, 0, None, "", 0.0)
+
+    def print(self, text: str, *, warning: bool) -> None:
+        """A line above the bars."""
+        from rich.text import Text
+
+        self._drop(_TOLD)
+        self._console.print(Text(text, style="yellow" if warning else ""), soft_wrap=True)
+
+    def clear(self) -> None:
+        """Take the bars from the screen."""
+        for key in list(self._tasks):
+            self._drop(key)
+
+    def _draw(self, key: object, what: str, done: int, total: int | None, count: str, rate: float) -> None:
+        from rich.markup import escape
+
+        if self._display is None:
+            self._display = _display(self._console)
+            self._display.start()
+        if key not in self._tasks:
+            self._tasks[key] = self._display.add_task("", total=total, count="", rate="")
+        speed = f"{rate:.3g}/s" if rate else ""
+        self._display.update(
+            self._tasks[key],
+            description=escape(what),
+            completed=done,
+            total=total,
+            count=count,
+            rate=speed,
+            refresh=True,
+        )
+
+    def _drop(self, key: object) -> None:
+        if key in self._tasks and self._display is not None:
+            self._display.remove_task(self._tasks.pop(key))
+            if not self._tasks:
+                self._display.stop()
+                self._display = None
+
+
+def _display(console: RichConsole) -> Display:
+    """Bars that leave nothing behind, and take few looks a second from the work."""
+    from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Made
+
+    return Made(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[count]}"),
+        TextColumn("{task.fields[rate]}", style="dim"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        transient=True,
+        refresh_per_second=4,
+    )
+
+
+def is_terminal() -> bool:
+    """Whether stderr is a terminal that can draw over its lines."""
+    return sys.stderr.isatty() and os.environ.get("TERM") not in (None, "", "dumb")
+
+
+@contextmanager
+def console(*, quiet: bool = False) -> Iterator[None]:
+    """Print what the package logs in this block, and show its work; `quiet`: warnings alone."""
     logger = logging.getLogger("gradpursuit")
-    for handler in [h for h in logger.handlers if isinstance(h, Console)]:
-        logger.removeHandler(handler)
-    made = Console()
+    made = Console(quiet=quiet)
     logger.addHandler(made)
-    logger.propagate = False
-    return made
+    propagated, logger.propagate = logger.propagate, False
+    try:
+        with made.showing():
+            yield
+    finally:
+        logger.removeHandler(made)
+        logger.propagate = propagated
 
 
 @contextmanager

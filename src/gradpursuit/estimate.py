@@ -7,9 +7,9 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,20 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from gradpursuit.comparison_stage import compared, target_names
 from gradpursuit.config import DataSection, RunConfig
 from gradpursuit.data import Renderer, Row, Table, prepare
-from gradpursuit.evaluation.compare import heldout_loss
-from gradpursuit.gradient_stage import checkpoint_count, tuned_model, wanted_features
-from gradpursuit.gradients.collector import Collector, CollectSpec
+from gradpursuit.evaluation.scoring import Scorer
+from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
+from gradpursuit.gradients.collector import Collector, SignalCollector
+from gradpursuit.gradients.filling import CollectSpec, StoreFiller
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import token_batches
 from gradpursuit.trajectory.model import load_tokenizer, trainable
 from gradpursuit.trajectory.training import TrainSpec, train
+from gradpursuit.trajectory.warmup import warmup_plan
 
 logger = logging.getLogger("gradpursuit")
 SAMPLE = 1024  # pool rows that are read and rendered
@@ -41,6 +44,10 @@ class Cost:
 
     seconds: float
     disk: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        """Of both together."""
+        return Cost(self.seconds + other.seconds, self.disk + other.disk)
 
 
 @dataclass(frozen=True)
@@ -88,6 +95,11 @@ class Sample:
     scale: float
     seconds: float
 
+    @property
+    def rows(self) -> int:
+        """Of the whole pool, after cleaning."""
+        return round(len(self.pool) * self.scale)
+
 
 def estimate(config: RunConfig) -> Estimate:
     """Measure up to 128 rows of each table and a few steps, and scale them up to the run. Leaves no run folder behind.
@@ -100,6 +112,8 @@ def estimate(config: RunConfig) -> Estimate:
     sample = _sample(run)
     if sample.scale == 1:
         run.budget(sample.pool)
+    if not config.warmup.trajectory:
+        warmup_plan(config.warmup, sample.rows, run.seed("warmup"))  # refuses what the run would refuse
     step = _step_seconds(run, sample)
     stages = {
         "data": Cost(sample.seconds, int(sum(map(_row_bytes, sample.pool)) * sample.scale)),
@@ -110,7 +124,7 @@ def estimate(config: RunConfig) -> Estimate:
     }
     settings = config.evaluation
     rows = {
-        "pool": round(len(sample.pool) * sample.scale),
+        "pool": sample.rows,
         "target": len(sample.target),
         "heldout": len(sample.heldout),
     }
@@ -217,11 +231,10 @@ def _trajectory(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
     settings = run.config.warmup
     if settings.trajectory:
         return Cost(0.0)
-    slice_rows = max(1, -(-settings.fraction * len(sample.pool) * sample.scale // 1))
-    steps = settings.epochs * -(-slice_rows // settings.batch_size)
+    _, spec = warmup_plan(settings, sample.rows, run.seed("warmup"))
     with tuned_model(run, run.seed("adapter")) as model:
         size = sum(parameter.numel() for parameter in trainable(model).values())
-    return Cost(steps * step[settings.batch_size], 12 * size * settings.checkpoints)
+    return Cost(spec.steps * step[settings.batch_size], 12 * size * settings.checkpoints)
 
 
 @dataclass(frozen=True)
@@ -240,10 +253,7 @@ class _Start:
 
 def _gradients(run: Run, sample: Sample) -> Cost:
     """Collect the features of some rows, as the run will, and scale the time up by padded tokens."""
-    settings, checkpoints = run.config.gradients, checkpoint_count(run)
-    wanted = wanted_features(run)
-    tables = {"target": (sample.target, 1.0), "pool": (sample.pool, sample.scale)}
-    seconds, disk = 0.0, 0
+    settings, wanted = run.config.gradients, wanted_features(run)
     spec = CollectSpec(
         settings.dim,
         settings.nonzeros,
@@ -252,25 +262,34 @@ def _gradients(run: Run, sample: Sample) -> Cost:
         settings.store_dtype,
         settings.shard_rows,
         1.0,
-        {},
+        {"model": {}},
     )
+    cost = Cost(0.0)
     with tuned_model(run, run.seed("adapter")) as model, tempfile.TemporaryDirectory() as folder, _quiet():
-        for name, (table, scale) in tables.items():
-            if not wanted[name]:
-                continue
-            some = _spread(table, _ROWS)
-            made = Collector(model, run.compute, [_Start()], spec)  # type: ignore[list-item]
-            start = time.monotonic()
-            engine = made.at(0, wanted[name])
-            setup = time.monotonic() - start
-            engine.batch([some[0]])  # the first pass warms up
-            start = time.monotonic()
-            made.collect(name, some, wanted[name], Path(folder) / name)
-            rate = (time.monotonic() - start) / _padded_tokens(some, spec)
-            seconds += (setup + rate * _padded_tokens(table, spec) * scale) * checkpoints
-            stored = StoreSpec(tuple(table.ids), checkpoints, spec.dim, spec.dtype, spec.shard_rows, {})
-            disk += int(stored.nbytes * scale) * len(wanted[name])
-    return Cost(seconds, disk)
+        for name, table, scale in (("target", sample.target, 1.0), ("pool", sample.pool, sample.scale)):
+            split = Split(name, table, wanted[name], Path(folder) / name)
+            if split.gradients:
+                made = Collector(model, run.compute, [_Start()], spec)  # type: ignore[list-item]
+                cost += _collecting(made, split, split.gradients, scale, checkpoint_count(run))
+            for signal in split.signals:
+                forward = SignalCollector(model, run.compute, [], spec)
+                cost += _collecting(forward, split, [signal], scale, 1 + checkpoint_count(run) * signal.along)
+    return cost
+
+
+def _collecting(made: StoreFiller[Any], split: Split, kinds: Sequence[Any], scale: float, points: int) -> Cost:
+    """Of a split's features of some kinds at several points of the trajectory, measured at one."""
+    some, spec = _spread(split.table, _ROWS), made.spec
+    start = time.monotonic()
+    engine = made.at(0, kinds)
+    setup = time.monotonic() - start
+    engine.batch([some[0]])  # the first pass warms up
+    start = time.monotonic()
+    made.collect(split.name, some, kinds, split.folder)
+    rate = (time.monotonic() - start) / _padded_tokens(some, spec)
+    seconds = (setup + rate * _padded_tokens(split.table, spec) * scale) * points
+    stores = [replace(made.store_spec(split.table, kind), checkpoints=points) for kind in kinds]
+    return Cost(seconds, int(sum(store.nbytes for store in stores) * scale))
 
 
 def _spread(table: Table, count: int) -> Table:
@@ -299,21 +318,31 @@ def _selection(run: Run, sample: Sample) -> Cost:
     rate = block.nbytes / max(time.monotonic() - start, 1e-9)
     rows = len(sample.pool) * sample.scale
     spec = StoreSpec(("",), checkpoint_count(run), settings.gradients.dim, settings.gradients.store_dtype, 1, {})
-    strategies = [strategy for strategy in run.strategies() if strategy.needs(settings.gradients)]
+    strategies = [strategy for strategy in run.strategies() if strategy.needs(run.settings).features]
     return Cost(len(strategies) * settings.pursuit.max_iter * rows * spec.nbytes / rate)
 
 
 def _evaluation(run: Run, sample: Sample, step: dict[int, float]) -> Cost:
-    """Fine-tuning and scoring of every strategy and seed, and scoring of the base model."""
-    settings, rows = run.config.evaluation, len(sample.pool) * sample.scale
+    """At most: fine-tuning and scoring of every cell; subsets that two targets share are trained once."""
+    settings, rows, names = run.config.evaluation, len(sample.pool) * sample.scale, target_names(run)
     selection = run.config.selection
-    k = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
-    cells = len(selection.strategies) * settings.seeds
-    steps = settings.epochs * -(-k // settings.batch_size)
+    own = selection.k or -(-(selection.fraction or 0.05) * rows // 1)
+    wanted = [b if isinstance(b, int) else -(-b * rows // 1) for b in settings.budgets] or [own]
+    equal = settings.steps or settings.epochs * -(-max(wanted) // settings.batch_size)
+    full = [rows] if "full" in settings.endpoints else []
+    trained = [*wanted * len(compared(run)), *full]  # rows of every training of one target, protocol and seed
+    steps = sum(
+        equal if protocol == "equal-steps" else settings.epochs * -(-k // settings.batch_size)
+        for protocol in settings.protocols
+        for k in trained
+    )
+    cells = len(settings.protocols) * len(trained) * settings.seeds * len(names)
+    scores = cells * (len(names) if settings.crossed else 1) + len(names)
     scored = sample.heldout.take(range(0, len(sample.heldout), max(1, len(sample.heldout) // 32)))
     with tuned_model(run, run.seed("adapter")) as model, _quiet():
-        heldout_loss(model, scored, run.compute)
+        score = Scorer(run.compute, load_tokenizer(run.config.model))
+        score(model, scored)
         start = time.monotonic()
-        heldout_loss(model, scored, run.compute)
-    score = (time.monotonic() - start) * len(sample.heldout) / len(scored)
-    return Cost(cells * steps * step[settings.batch_size] + (cells + 1) * score)
+        score(model, scored)
+    seconds = (time.monotonic() - start) * len(sample.heldout) / len(scored)
+    return Cost(steps * settings.seeds * len(names) * step[settings.batch_size] + scores * seconds)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -68,6 +68,38 @@ def write_folder(folder: Path) -> Iterator[Path]:
         if type(error).__module__ == "builtins" and isinstance(error, OSError):
             raise disk_error(error, folder) from error
         raise
+
+
+@contextmanager
+def kept_if_refused(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[None]:
+    """The `folders` are set aside; if the block refuses its settings, they and `files` become again what they were.
+
+    A refusal is a :class:`GradPursuitError`, but no :class:`RunError` (as for a full disk), after which the same
+    settings are to go on. What a killed block had set aside goes when it is entered again.
+    """
+    before = {path: path.read_bytes() if path.is_file() else None for path in files}
+    aside = {path: path.with_name(f".{path.name}.before") for path in folders}
+    for path, place in aside.items():
+        shutil.rmtree(place, ignore_errors=True)
+        if path.exists():
+            path.rename(place)
+    try:
+        yield
+    except GradPursuitError as error:
+        if not isinstance(error, RunError):
+            for path, content in before.items():
+                if content is None:
+                    path.unlink(missing_ok=True)
+                else:
+                    write_text(path, content.decode())
+            for path, place in aside.items():
+                if place.exists():
+                    shutil.rmtree(path, ignore_errors=True)
+                    place.rename(path)
+        raise
+    finally:
+        for place in aside.values():
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -141,6 +173,37 @@ def sha256_of(path: Path) -> str:
     except OSError as error:
         raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
     return digest.hexdigest()
+
+
+def stamp_of(path: str) -> list[int]:
+    """Size and time of change of a file, which tell a quick look that it is still the same; empty if it is gone."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
+
+
+def known_hashes(
+    paths: Sequence[str], known: Mapping[str, str], stamps: Mapping[str, list[int]] | None = None
+) -> dict[str, str]:
+    """sha256 of every file; a `known` one is taken if the file is gone, or is what its stamp says.
+
+    Raises:
+        RunError: a file cannot be read, and what was in it is not known.
+    """
+    stamps = stamps or {}
+
+    def is_known(path: str) -> bool:
+        return path in known and stamp_of(path) in ([], stamps.get(path))
+
+    return {path: known[path] if is_known(path) else sha256_of(Path(path)) for path in paths}
+
+
+def gone_note(paths: Iterable[str]) -> str:
+    """What there is to say of files that are not there any more, though what was made of them is."""
+    gone = [path for path in paths if not stamp_of(path)]
+    return f"not there any more: {', '.join(gone)}; what was made of it is used" if gone else ""
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

@@ -5,72 +5,133 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
 from gradpursuit.errors import StoreError, TrajectoryError
-from gradpursuit.remote import reaching
+from gradpursuit.plugins import registered
+from gradpursuit.remote import place, reaching
+from gradpursuit.spread import connection, filling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from gradpursuit.cluster import Team
+    from gradpursuit.config import SelectionSection
     from gradpursuit.data import Table
-    from gradpursuit.gradients.collector import Collector
+    from gradpursuit.gradients.collector import Collector, SignalCollector
+    from gradpursuit.gradients.filling import StoreFiller
+    from gradpursuit.gradients.forward import Signal
     from gradpursuit.gradients.preconditioner import Preconditioner
     from gradpursuit.pipeline import Run
-    from gradpursuit.selection import SelectionProblem
     from gradpursuit.store import GradientStore
     from gradpursuit.trajectory.checkpoint import Checkpoint
 
+    FeatureKind = Preconditioner | Signal
+
 logger = logging.getLogger("gradpursuit")
+FEATURE_OPTIONS = ("preconditioner", "features", "like")  # of this package's strategies; the others change no feature
 _NAMED = 5  # damaged shards of one store that are named
 
 
 @dataclass(frozen=True)
 class Split:
-    """Rows whose features are wanted, with which preconditioners, and the folder that gets one store for each."""
+    """Rows whose features are wanted, of which kinds, and the folder that gets one store for each."""
 
     name: str
     table: Table
-    kinds: Sequence[Preconditioner]
+    kinds: Sequence[FeatureKind]
     folder: Path
 
-    def stores(self, run: Run) -> dict[Preconditioner, GradientStore]:
-        """What was collected, one complete store for each preconditioner.
+    @property
+    def gradients(self) -> list[Preconditioner]:
+        """The kinds that take a backward pass."""
+        from gradpursuit.gradients.preconditioner import Preconditioner
+
+        return [kind for kind in self.kinds if isinstance(kind, Preconditioner)]
+
+    @property
+    def signals(self) -> list[Signal]:
+        """The kinds that a forward pass gives."""
+        from gradpursuit.gradients.forward import Signal
+
+        return [kind for kind in self.kinds if isinstance(kind, Signal)]
+
+    def stores(self, run: Run) -> dict[FeatureKind, GradientStore]:
+        """What was collected, one complete store for each kind.
 
         Raises:
             StoreError: a store is not there, or was made with other settings: the part that differs is named.
         """
-        from gradpursuit.gradients.collector import identity
+        from gradpursuit.gradients.collector import signal_origin
+        from gradpursuit.gradients.filling import identity
         from gradpursuit.store import GradientStore
 
-        wanted = {
-            **collect_spec(run).origin,
-            "dim": run.config.gradients.dim,
-            "dtype": run.config.gradients.store_dtype,
+        origin, settings = collect_spec(run).origin, run.config.gradients
+        sketched = {**origin, "dim": settings.dim, "dtype": settings.store_dtype}
+        wanted: dict[FeatureKind, dict[str, Any]] = {
+            **dict.fromkeys(self.gradients, sketched),
+            **{kind: signal_origin(origin, kind) for kind in self.signals},
         }
         return {
-            kind: GradientStore.open(self.folder / kind.label, {**wanted, **identity(self.table, kind)})
+            kind: GradientStore.open(self.folder / kind.label, {**wanted[kind], **identity(self.table, kind)})
             for kind in self.kinds
         }
 
 
-def wanted_features(run: Run) -> dict[str, list[Preconditioner]]:
-    """The preconditioners that the configured strategies need, of the `target` and of the `pool`."""
-    kinds = list(dict.fromkeys(k for strategy in run.strategies() for k in strategy.needs(run.config.gradients)))
-    return {"target": list(dict.fromkeys(kind.for_target for kind in kinds)), "pool": kinds}
+def target_features(run: Run) -> list[FeatureKind]:
+    """The kinds of features that the configured strategies need of a target."""
+    return _distinct(kind.for_target for kind in _needed(run))
+
+
+def wanted_features(run: Run) -> dict[str, list[FeatureKind]]:
+    """The kinds of features that the configured strategies need, of the run's own `target` and of the `pool`.
+
+    A pool that is its own target has those of a target as well.
+    """
+    pool, target = _needed(run), target_features(run)
+    if run.config.data.in_domain:
+        return {"target": [], "pool": _distinct([*pool, *target])}
+    return {"target": target, "pool": pool}
+
+
+def feature_requests(selection: SelectionSection) -> list[str]:
+    """What the features that a selection needs depend on: distinct ways of choosing, with the options that matter.
+
+    Told without loading a strategy: so that features are still those that are wanted when other settings change.
+    """
+    found: set[str] = set()
+    others = registered()
+
+    def add(name: str) -> None:
+        own = dict(selection.options.get(name, {}))
+        selector = str(own.pop("selector", name))
+        kept = {key: value for key, value in own.items() if key in FEATURE_OPTIONS or selector in others}
+        request = json.dumps([selector, kept], sort_keys=True, default=str)
+        if request not in found:
+            found.add(request)
+            if selector == "random-matched":
+                add(str(kept.get("like", "gtp")))
+
+    for name in selection.strategies:
+        add(name)
+    return sorted(found)
+
+
+def _needed(run: Run) -> list[FeatureKind]:
+    return _distinct(kind for strategy in run.strategies() for kind in strategy.needs(run.settings).features)
+
+
+def _distinct(kinds: Iterable[FeatureKind | None]) -> list[FeatureKind]:
+    return list(dict.fromkeys(kind for kind in kinds if kind is not None))
 
 
 def splits(run: Run) -> list[Split]:
     """The run's own target and its pool."""
-    return [
-        Split(name, run.table(name), kinds, gradient_folder(run) / name) for name, kinds in wanted_features(run).items()
-    ]
+    folder = gradient_folder(run)
+    return [Split(name, run.table(name), kinds, folder / name) for name, kinds in wanted_features(run).items()]
 
 
 def gradient_folder(run: Run, target: str | None = None) -> Path:
@@ -79,8 +140,6 @@ def gradient_folder(run: Run, target: str | None = None) -> Path:
     Raises:
         ConfigError: `gradients.store` cannot be reached with what is installed.
     """
-    from gradpursuit.remote import place
-
     added = ("targets", target) if target else ()
     store = run.config.gradients.store
     return place(store).joinpath(*added) if store else run.folder.joinpath(*added, "gradients")
@@ -89,14 +148,18 @@ def gradient_folder(run: Run, target: str | None = None) -> Path:
 def collect_gradients(run: Run) -> dict[str, Any]:
     """The stage."""
     made = splits(run)
-    dropped = collect(run, made)
+    dropped = collect(run, made, run.folder)
     return {"features": [kind.label for kind in made[-1].kinds], "dropped": dropped}
 
 
-def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
+def collect(run: Run, wanted: Sequence[Split], folder: Path) -> dict[str, int]:
     """Compute the features of splits, one after the other, along the trajectory of a run.
 
-    Rows without a feature are listed, with the reason, in `dropped.jsonl` beside the stores.
+    Args:
+        run: of the trajectory.
+        wanted: the splits.
+        folder: of the run or the added target that they belong to; rows without a feature are listed there, with the
+            reason, in `gradients/dropped.jsonl`.
 
     Returns:
         How many rows were dropped, by split and reason.
@@ -106,18 +169,33 @@ def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
 
     if not any(split.kinds for split in wanted):
         return {}
-    records: dict[Path, list[dict[str, Any]]] = {split.folder.parent: [] for split in wanted}
-    with collector(run) as made, _spread(run, made):
-        for split in wanted:
-            stores = made.collect(split.name, split.table, split.kinds, split.folder)
-            dropped = {row: reason for store in stores.values() for row, reason in store.dropped().items()}
-            for row, reason in sorted(dropped.items()):
-                records[split.folder.parent].append(drop_record(split.name, split.table[row], reason))
-    for folder, lines in records.items():
-        write_text(folder / "dropped.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    reasons = Counter(f"{line['split']}: {line['reason']}" for lines in records.values() for line in lines)
+    dropped: dict[str, dict[int, str]] = {split.name: {} for split in wanted}
+
+    def fill(split: Split, made: StoreFiller[Any], kinds: Sequence[FeatureKind]) -> None:
+        for store in made.collect(split.name, split.table, kinds, split.folder).values():
+            dropped[split.name].update(store.dropped())
+
+    with connection(run):
+        if any(split.gradients for split in wanted):
+            with filling(run, collector) as made:
+                for split in wanted:
+                    if split.gradients:
+                        fill(split, made, split.gradients)
+        if any(split.signals for split in wanted):
+            with filling(run, signal_collector) as forward:
+                for split in wanted:
+                    for signal in split.signals:
+                        fill(split, forward, [signal])
+    lines = [
+        drop_record(split.name, split.table[row], reason)
+        for split in wanted
+        for row, reason in sorted(dropped[split.name].items())
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(folder / "gradients" / "dropped.jsonl", text)
+    reasons = Counter(f"{line['split']}: {line['reason']}" for line in lines)
     for reason, count in reasons.items():
-        logger.warning("no gradient for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
+        logger.warning("no features for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
     return dict(reasons)
 
 
@@ -132,23 +210,18 @@ def collector(run: Run) -> Iterator[Collector]:
 
 
 @contextmanager
-def _spread(run: Run, made: Collector) -> Iterator[None]:
-    """Let the workers of a cluster fill the shards of this block, if the run is computed on one."""
-    engine, model = run.config.engine, run.config.model
-    if engine.name == "local":
-        yield
-        return
-    from gradpursuit.cluster import ClusterFill, Resources, connected
+def signal_collector(run: Run) -> Iterator[SignalCollector]:
+    """What computes the signals of a forward pass: a model of its own, as it was before any training."""
+    from gradpursuit.gradients.collector import SignalCollector
 
-    with connected(engine) as session:
-        resources = Resources(engine.cpus, gpus=int(model.device != "cpu" and session.has_gpus()))
-        with ClusterFill(session, partial(collector, run), made.precision, resources) as made.fill:
-            yield
+    checkpoints = read_run_trajectory(run)
+    with tuned_model(run, run.seed("adapter")) as model:
+        yield SignalCollector(model, run.compute, checkpoints, collect_spec(run))
 
 
 def collect_spec(run: Run) -> Any:
     """The settings of a run's features, and the model, adapter and trajectory that they belong to."""
-    from gradpursuit.gradients.collector import CollectSpec
+    from gradpursuit.gradients.filling import CollectSpec
 
     settings, model = run.config.gradients, run.config.model.model_dump(mode="json")
     origin = {
@@ -201,124 +274,35 @@ def checkpoint_count(run: Run) -> int:
     return len(checkpoint_folders(run.config.warmup.trajectory))
 
 
-def kept_rows(run: Run, split: Split) -> Any:
-    """Positions of the rows of a split that have features in all its stores, int64 ascending; None without stores."""
-    import numpy as np
-
-    kept = [store.kept() for store in split.stores(run).values()]
-    return reduce(np.intersect1d, kept) if kept else None
-
-
-def choosable(run: Run) -> Any:
-    """Positions in the pool's table of the rows that can be chosen: with features, and no repetition of the target."""
-    import numpy as np
-
-    kept = kept_rows(run, _pool(run))
-    return run.candidates() if kept is None else np.intersect1d(run.candidates(), kept)
-
-
-def _pool(run: Run) -> Split:
-    return Split("pool", run.table("pool"), wanted_features(run)["pool"], gradient_folder(run) / "pool")
-
-
-@contextmanager
-def pool_workers(run: Run) -> Iterator[Team | None]:
-    """Who reads the pool's features in this block: workers of a cluster, or (None) this process."""
-    if run.config.engine.name == "local" or not wanted_features(run)["pool"]:
-        yield None
-        return
-    from gradpursuit.cluster import Team, connected
-
-    with connected(run.config.engine) as session:
-        team = Team.begin(session)
-        try:
-            yield team
-        finally:
-            team.close()
-
-
-def load_problem(run: Run, team: Team | None = None) -> tuple[SelectionProblem, Any]:
-    """The selection problem of a run whose gradients are collected, for the target that is chosen for.
-
-    Args:
-        run: of the pool.
-        team: who reads the pool's features; None: this process.
-
-    Returns:
-        The problem, and the positions in the pool's table of the rows it chooses from: all, but those without
-        features and those that repeat a row of a target added later.
-
-    Raises:
-        StoreError: a store is incomplete, damaged or made with other settings.
-    """
-    import numpy as np
-
-    from gradpursuit.selection import SelectionProblem
-
-    wanted, candidates = wanted_features(run), choosable(run)
-    pool = _pool(run)
-    own = gradient_folder(run, run.config.selection.target) / "target"
-    target = Split("target", run.target_table("target"), wanted["target"], own)
-    kept = kept_rows(run, target)
-    sources = [row.source for row in target.table]
-    if kept is not None:
-        sources = [sources[i] for i in kept.tolist()]
-    return SelectionProblem(
-        ids=[pool.table[i].id for i in candidates.tolist()],
-        pool=_features(run, pool, candidates) if team is None else _spread_features(run, pool, candidates, team),
-        target=_features(run, target, kept),
-        groups=np.unique(sources, return_inverse=True)[1].astype(np.int64),
-        rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
-        gradients=run.config.gradients,
-        pursuit=run.config.pursuit,
-    ), candidates
-
-
-def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
-    """The features of `rows` (positions in the split's table), by label."""
-    import numpy as np
-
-    from gradpursuit.selection.features import TrajectoryFeatures
-
-    return {
-        kind.label: TrajectoryFeatures(store.features()).take(np.searchsorted(store.kept(), rows))
-        for kind, store in split.stores(run).items()
-    }
-
-
-def _spread_features(run: Run, split: Split, rows: Any, team: Team) -> dict[str, Any]:
-    """The same, where they lie on the workers of a cluster."""
-    from gradpursuit.cluster import ClusterFeatures, parts_of
-
-    return {
-        kind.label: ClusterFeatures(team, parts_of(store.shards, rows)) for kind, store in split.stores(run).items()
-    }
-
-
 def gradients_plan(run: Run) -> dict[str, Any]:
-    """The stores that the stage is going to write."""
-    return {name: [kind.label for kind in kinds] for name, kinds in wanted_features(run).items()}
+    """The stores that the stage is going to write: labels by split, and of `signals` by split."""
+    found = {split.name: split for split in splits(run)}
+    plan: dict[str, Any] = {name: [kind.label for kind in split.gradients] for name, split in found.items()}
+    return {**plan, "signals": {name: [kind.label for kind in split.signals] for name, split in found.items()}}
 
 
 def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
-    """Rows × checkpoints of `target` and `pool` that the stage was begun for: finished, and in all. Loads no model."""
+    """Rows × checkpoints that the stage was begun for, finished and in all, by what the work on them is called.
+
+    Loads no model.
+    """
     rows, plan = run.manifest.entry("data").get("detail", {}).get("rows"), run.manifest.entry("gradients").get("plan")
     if not rows or not plan:
         return {}
-    settings = run.config.gradients
-    made_with = {
-        "trajectory": run.manifest.entry("trajectory").get("fingerprint"),
-        "dim": settings.dim,
-        "dtype": settings.store_dtype,
-        "shard_rows": settings.shard_rows,
-    }
-    folder, count = gradient_folder(run), checkpoint_count(run)
+    settings, folder, count = run.config.gradients, gradient_folder(run), checkpoint_count(run)
+    shards = {"shard_rows": settings.shard_rows}
+    trained = {**shards, "trajectory": run.manifest.entry("trajectory").get("fingerprint")}
+    sketched = {**trained, "dim": settings.dim, "dtype": settings.store_dtype}
+    found = {}
     with reaching(folder):
-        return {
-            name: (finished_rows(folder / name, labels, made_with), rows[name] * count)
-            for name, labels in plan.items()
-            if labels
-        }
+        for name in ("target", "pool"):
+            if labels := plan[name]:
+                found[f"gradients of the {name}"] = finished_rows(folder / name, labels, sketched), rows[name] * count
+            for label in plan["signals"][name]:
+                along = label == "el2n"
+                finished = finished_rows(folder / name, [label], trained if along else shards)
+                found[f"{label} of the {name}"] = finished, rows[name] * (count + 1 if along else 1)
+    return found
 
 
 def gradients_intact(run: Run, quick: bool) -> bool:

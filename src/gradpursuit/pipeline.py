@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +11,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import sha256_of, write_text
+from gradpursuit.files import gone_note, kept_if_refused, known_hashes, read_json, stamp_of, write_text
+from gradpursuit.gradient_stage import feature_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.plugins import distribution, registered
 from gradpursuit.stages import STAGES, Stage
-from gradpursuit.targets import Target
+from gradpursuit.targets import Target, targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gradpursuit.data import Table
-    from gradpursuit.evaluation.table import Line
-    from gradpursuit.selection import Selection, Strategy
+    from gradpursuit.evaluation.findings import Line
+    from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
@@ -95,11 +97,47 @@ class Run:
         Raises:
             RunError: one is not; the command that completes it is named.
         """
+        if lacking := self.missing(upto):
+            self._refuse(lacking, purpose)
+
+    def missing(self, upto: str) -> Stage | None:
+        """The first stage up to `upto` that is not complete; the rows of the gradients are counted, not read."""
         fingerprint = ""
         for stage in STAGES[: [stage.name for stage in STAGES].index(upto) + 1]:
             fingerprint = self.fingerprint_of(stage, fingerprint)
-            if self.state(stage, fingerprint, quick=stage.intact is not None) != "complete":
-                self._refuse(stage, purpose)
+            if self.state(stage, fingerprint, quick=self.quick or stage.intact is not None) != "complete":
+                return stage
+        return None
+
+    def report(self, *, full: bool = False) -> list[Path]:
+        """Write the report of the run as it is now; what is missing is said there.
+
+        Args:
+            full: also what takes long with a large pool or budget.
+
+        Raises:
+            RunError: not even the data are clean, or another process is at work in the folder.
+        """
+        from gradpursuit.report import write_report
+
+        with self.working("report"):
+            start, fingerprint = time.monotonic(), self.fingerprint("report")
+            files = write_report(self, full=full)
+            if self.missing("evaluation") is None:  # with all that it can hold, it is the stage of the run
+                self.manifest.begin("report", fingerprint, self.config.seed)
+                self.manifest.complete("report", time.monotonic() - start, {}, files)
+        return files
+
+    def written(self, first: str, upto: str) -> list[Path]:
+        """Folders and files of the stages from `first` to `upto` that are there."""
+        names = [stage.name for stage in STAGES]
+        found = [*STAGES[names.index(first) : names.index(upto) + 1]]
+        paths = [path for stage in found for path in self._paths((*stage.owns, *stage.writes))]
+        return [path for path in dict.fromkeys(paths) if path.exists()]
+
+    def added_targets(self) -> list[str]:
+        """Names of the targets that were added to the run and are complete."""
+        return [target.name for target in targets(self) if target.state() == "complete"]
 
     def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
         raise RunError(
@@ -120,14 +158,15 @@ class Run:
             logger.warning("%s: %s changed, %s", stage.name, reason, mend)
         if stage.check:
             stage.check(self)
-        if stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished"):
-            for path in self._paths(stage.owns):
-                shutil.rmtree(path, ignore_errors=True)
-        write_text(self.folder / "config.yaml", self.config.dump())
-        self.manifest.begin(stage.name, fingerprint, self.config.seed, stage.plan(self) if stage.plan else None)
-        start = time.monotonic()
-        detail = self._work(stage)
-        self.manifest.complete(stage.name, time.monotonic() - start, detail, self._outputs(stage))
+        anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
+        config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
+        new = config.is_file() and not self.manifest.has_finished(stage.name)  # what it does now shows how far it got
+        with kept_if_refused([config] if new else [config, manifest], self._paths(stage.owns) if anew else []):
+            write_text(config, self.config.dump())
+            self.manifest.begin(stage.name, fingerprint, self.config.seed, stage.plan(self) if stage.plan else None)
+            start = time.monotonic()
+            detail = self._work(stage)
+            self.manifest.complete(stage.name, time.monotonic() - start, detail, self._outputs(stage))
 
     def _outputs(self, stage: Stage) -> list[Path]:
         """The files of a finished stage; none if it checks them itself."""
@@ -170,9 +209,23 @@ class Run:
             value["model"] = self.model_identity
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.trajectory_hashes
-        if stage.name == "selection" and self.target:
-            value["target"] = self.target.fingerprint()
+        if stage.name == "data" and self.config.data.in_domain:
+            value["in_domain"] = True
+        if stage.name == "gradients":
+            value["features"] = feature_requests(self.config.selection)
+        if stage.name == "selection":
+            value["plugins"] = self._plugins()
+            value["target"] = self.target.fingerprint() if self.target else None
+        if stage.name == "evaluation":
+            value["targets"] = targets_fingerprint(self)
         return digest_of(value)
+
+    def _plugins(self) -> list[str]:
+        """Name and version of the distributions whose strategies may be used."""
+        selection = self.config.selection
+        selectors = {str(options.get("selector", "")) for options in selection.options.values()}
+        used = selectors.union(selection.strategies)
+        return sorted({distribution(point) for name, same in registered().items() if name in used for point in same})
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:
@@ -181,25 +234,38 @@ class Run:
 
     @cached_property
     def input_hashes(self) -> dict[str, str]:
-        """sha256 of every input file; in a quick run that of a file of the same size and time is taken as known."""
-        data, known = self.config.data, self.manifest.entry("data").get("detail", {}) if self.quick else {}
-        stamps, hashes = known.get("stamps", {}), known.get("inputs", {})
-        return {
-            path: hashes[path]
-            if path in hashes and path in stamps and stamps[path] == _stamp(path)
-            else sha256_of(Path(path))
-            for path in [*data.pool, *data.target, *data.heldout]
-        }
+        """sha256 of every input file.
+
+        That of a file that is gone is taken from the data stage, if it is finished; in a quick run also that of a file
+        of the same size and time.
+
+        Raises:
+            RunError: a file cannot be read, and it is not known what was in it.
+        """
+        data, known = self.config.data, self.manifest.entry("data").get("detail", {})
+        stamps = known.get("stamps", {}) if self.quick else {}
+        found = known_hashes([*data.pool, *(data.target or []), *data.heldout], known.get("inputs", {}), stamps)
+        if (note := gone_note(found)) and not self.quick:
+            logger.info("note: %s", note)
+        return found
 
     def input_stamps(self) -> dict[str, list[int]]:
         """Size and time of change of every input file, which tell a quick look that it is still the same."""
-        return {path: _stamp(path) for path in self.input_hashes}
+        return {path: stamp_of(path) for path in self.input_hashes}
 
     @cached_property
     def target(self) -> Target | None:
         """The added target that is chosen for; None: the run's own."""
         name = self.config.selection.target
         return Target(self, name) if name else None
+
+    def for_target(self, name: str | None) -> Run:
+        """The same run, choosing for another of its targets (None: its own); what was loaded is shared."""
+        selection = self.config.selection.model_copy(update={"target": name})
+        other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
+        shared = ("model_identity", "input_hashes", "trajectory_hashes", "compute", "base")
+        vars(other).update({key: value for key, value in vars(self).items() if key in shared})
+        return other
 
     @property
     def target_folder(self) -> Path:
@@ -253,11 +319,21 @@ class Run:
 
         return Table.read(self.folder / "data" / f"{name}.parquet")
 
+    @cached_property
+    def settings(self) -> Settings:
+        """What the strategies go by."""
+        from gradpursuit.selection import Settings
+
+        return Settings(self.config.gradients, self.config.pursuit, self.config.selection.options)
+
     def strategies(self) -> list[Strategy]:
         """The configured strategies."""
-        from gradpursuit.selection import strategy
+        return [self.settings.strategy(name) for name in self.config.selection.strategies]
 
-        return [strategy(name) for name in self.config.selection.strategies]
+    @property
+    def in_domain(self) -> bool:
+        """Whether what is chosen for is the pool itself."""
+        return self.config.data.in_domain and self.target is None
 
     def seed(self, use: str) -> int:
         """The seed for one use."""
@@ -294,13 +370,12 @@ class Run:
         Raises:
             RunError: the comparison has not been run.
         """
-        from gradpursuit.evaluation.compare import read_cells
-        from gradpursuit.evaluation.table import tabulate
+        from gradpursuit.evaluation.table import from_json
 
-        cells = read_cells(self.folder / "evaluation" / "results.jsonl")
-        if not cells:
+        path = self.folder / "evaluation" / "summary.json"
+        if not path.is_file():
             raise RunError(f"{self.folder}: nothing has been compared yet; run `gradpursuit compare {self.folder}`")
-        return tabulate(cells, self.selections(), self.table("pool"))
+        return from_json(read_json(path))
 
 
 def check(config: RunConfig) -> None:
@@ -310,21 +385,12 @@ def check(config: RunConfig) -> None:
         ConfigError: with the offending value.
         TrajectoryError: the given trajectory is not there, or its adapter cannot be followed.
     """
-    from gradpursuit.selection import strategy
+    from gradpursuit.selection import check_strategies
     from gradpursuit.trajectory.model import Compute
 
-    for name in config.selection.strategies:
-        strategy(name)
+    check_strategies(config)
     Compute.of(config.model)
     if config.warmup.trajectory:
         from gradpursuit.trajectory.imported import check_trajectory
 
         check_trajectory(config)
-
-
-def _stamp(path: str) -> list[int]:
-    try:
-        found = Path(path).stat()
-    except OSError:
-        return []
-    return [found.st_size, found.st_mtime_ns]

@@ -14,28 +14,34 @@ from contextvars import ContextVar
 from types import TracebackType
 
 logger = logging.getLogger("gradpursuit")
-_listener: ContextVar[Callable[[Progress], None] | None] = ContextVar("listener", default=None)
+Listener = Callable[["Progress"], None]
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
 
 
 @contextmanager
-def listening(listener: Callable[[Progress], None]) -> Iterator[None]:
-    """Show `listener` every :class:`Progress` in this block: when it begins, about once a second, and when it ends."""
-    token = _listener.set(listener)
+def listening(listener: Listener) -> Iterator[None]:
+    """Show `listener` every :class:`Progress` in this block: when it begins, about once a second, and when it ends.
+
+    Those who listen already go on.
+    """
+    token = _listeners.set((*_listeners.get(), listener))
     try:
         yield
     finally:
-        _listener.reset(token)
+        _listeners.reset(token)
 
 
 class Progress:
     """Counts finished units of `what` and logs a line at most every `interval` seconds.
 
     Use as a context manager; leaving it without an error logs the total time and the mean rate.
-    `done` counts the units that an earlier, interrupted run had finished: they do not enter the rate.
+    `done` counts the units that an earlier, interrupted run had finished: they do not enter the rate. `ended` tells
+    listeners that no more is to come.
     """
 
     def __init__(self, what: str, total: int, unit: str = "rows", done: int = 0, interval: float = 2.0) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, done
+        self.ended = False
         self._interval = interval
         self._start = self._last = self._shown = time.monotonic()
         self._at_start = done
@@ -47,6 +53,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.ended = True
         self._show()
         if kind is None:
             seconds = time.monotonic() - self._start
@@ -80,7 +87,7 @@ class Progress:
 
     def _show(self) -> None:
         self._shown = time.monotonic()
-        if listener := _listener.get():
+        for listener in _listeners.get():
             listener(self)
 
     def _rate_text(self) -> str:

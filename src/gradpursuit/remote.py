@@ -28,6 +28,11 @@ def is_url(text: str) -> bool:
     return _URL.match(text) is not None
 
 
+def located(text: str | None) -> str | None:
+    """A URL as it is, a path made absolute."""
+    return text if text is None or is_url(text) else str(Path(text).expanduser().resolve())
+
+
 def is_remote(path: Path) -> bool:
     """Whether a place, made by :func:`place`, is not on a disk."""
     return not isinstance(path, Path)
@@ -98,6 +103,40 @@ class RemoteBytes:
         if len(found) != stop - start:
             raise ValueError(f"{len(found):,} of {stop - start:,} bytes came back")
         return found
+
+
+class RemoteRows:
+    """Rows [n, d] of a remote file that are fetched when they are sliced into an array, and not before.
+
+    source: the file. start: where the first row begins in it. dtype, shape: of the array of all rows.
+    """
+
+    def __init__(self, source: RemoteBytes, start: int, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+        self._source, self._start = source, start
+        self.dtype, self.shape, self.ndim = dtype, shape, 2
+        self._row_bytes = shape[1] * dtype.itemsize
+        self.nbytes = shape[0] * self._row_bytes
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, part: slice | int) -> RemoteRows | NDArray[Any]:
+        """Some rows, not fetched yet; or one, fetched [d]."""
+        if not isinstance(part, slice):
+            row: NDArray[Any] = self[part : part + 1].__array__()[0]
+            return row
+        first, stop, _ = part.indices(len(self))
+        start = self._start + first * self._row_bytes
+        return RemoteRows(self._source, start, self.dtype, (max(0, stop - first), self.shape[1]))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Fetched."""
+        found = self._source[self._start : self._start + self.nbytes].view(self.dtype).reshape(self.shape)
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def astype(self, dtype: Any) -> NDArray[Any]:
+        """Fetched, and converted."""
+        return self.__array__().astype(dtype)
 
 
 @contextmanager

@@ -6,19 +6,19 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradpursuit.errors import SelectionError
+from gradpursuit.comparison_stage import check_comparison, compare
+from gradpursuit.errors import DataError, SelectionError
+from gradpursuit.files import gone_note
 from gradpursuit.gradient_stage import (
-    choosable,
     collect_gradients,
     gradients_intact,
     gradients_plan,
-    load_problem,
-    pool_workers,
     tuned_model,
+    wanted_features,
 )
+from gradpursuit.selection_problem import choosable, opened_problem
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -71,6 +71,23 @@ def _data(run: Run) -> dict[str, Any]:
     return {**counts, "k": run.budget(pool), "inputs": run.input_hashes, "stamps": run.input_stamps()}
 
 
+def _check_inputs(run: Run) -> None:
+    """The files to clean must be there, even if it is known what was in them."""
+    if note := gone_note(run.input_hashes):
+        raise DataError(
+            f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
+            "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
+        )
+
+
+def _check_steps(run: Run) -> None:
+    """The warm-up must have a step for every checkpoint."""
+    from gradpursuit.trajectory.warmup import warmup_plan
+
+    if not run.config.warmup.trajectory:
+        warmup_plan(run.config.warmup, len(run.table("pool")), run.seed("warmup"))
+
+
 def _trajectory(run: Run) -> dict[str, Any]:
     from gradpursuit.trajectory.checkpoint import describe
     from gradpursuit.trajectory.imported import import_trajectory
@@ -79,8 +96,9 @@ def _trajectory(run: Run) -> dict[str, Any]:
     settings, folder = run.config.warmup, run.folder / "trajectory"
     with tuned_model(run, run.seed("adapter")) as model:
         if settings.trajectory:
-            kinds = {kind.name for strategy in run.strategies() for kind in strategy.needs(run.config.gradients)}
-            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=bool(kinds - {"identity"}))
+            kinds = {kind.label for kinds in wanted_features(run).values() for kind in kinds}
+            moments = bool(kinds - {"identity", "embedding", "el2n"})
+            checkpoints = import_trajectory(model, settings.trajectory, folder, need_moments=moments)
         else:
             checkpoints = warm_up(model, run.table("pool"), settings, run.compute, folder, run.seed("warmup"))
     return {"checkpoints": [describe(checkpoint) for checkpoint in checkpoints], "compute": str(run.compute)}
@@ -103,8 +121,7 @@ def _selection(run: Run) -> dict[str, Any]:
 
     pool, seconds = run.table("pool"), {}
     k = run.budget(pool)
-    with pool_workers(run) as team:
-        problem, candidates = load_problem(run, team)
+    with opened_problem(run) as (problem, candidates):
         for strategy in run.strategies():
             start = time.monotonic()
             draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
@@ -150,42 +167,31 @@ def _export(run: Run) -> dict[str, Any]:
     return {}
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
-    from gradpursuit.evaluation.compare import Comparison
-    from gradpursuit.evaluation.table import write_csv
-
-    pool = run.table("pool")
-    comparison = Comparison(
-        partial(tuned_model, run),
-        run.compute,
-        pool,
-        run.target_table("heldout"),
-        run.config.evaluation,
-        run.config.seed,
-    )
-    folder = run.folder / "evaluation"
-    comparison.run(run.selections(), run.budget(pool), folder / "results.jsonl")
-    write_csv(folder / "table.csv", run.lines())
-    return {}
-
-
 def _report(run: Run) -> dict[str, Any]:
     from gradpursuit.report import write_report
 
-    write_report(run.folder, run.config, run.manifest.read(), run.lines(), run.selections(), run.table("pool"))
+    write_report(type(run)(run.config, quick=True))  # the stages above were checked a moment ago
     return {}
 
 
 EACH = "selection/{strategy}/selected.jsonl"
 STAGES = (
-    Stage("data", "warmup", ("data",), (), ("data.max_tokens", "data.max_dropped", "evaluation.holdout"), _data),
-    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory),
+    Stage(
+        "data",
+        "warmup",
+        ("data",),
+        (),
+        ("data.max_tokens", "data.max_dropped", "evaluation.holdout"),
+        _data,
+        check=_check_inputs,
+    ),
+    Stage("trajectory", "warmup", ("trajectory",), (), ("model", "warmup"), _trajectory, check=_check_steps),
     Stage(
         "gradients",
         "collect",
         ("gradients",),
         (),
-        ("gradients", "selection.strategies"),
+        ("gradients",),
         collect_gradients,
         keep="always",
         intact=gradients_intact,
@@ -201,6 +207,8 @@ STAGES = (
         check=_check_budget,
     ),
     Stage("export", "export", (), (EACH,), (), _export),
-    Stage("evaluation", "compare", ("evaluation",), (), ("evaluation",), _evaluation, keep="unfinished"),
+    Stage(
+        "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
+    ),
     Stage("report", "compare", (), ("report.html", "report.json"), (), _report),
 )

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.errors import GradPursuitError
+from gradpursuit.files import gone_note
 from gradpursuit.gradient_stage import gradient_rows
 from gradpursuit.live import read_progress
 from gradpursuit.lock import Owner, holder
@@ -39,7 +40,7 @@ class StageStatus:
         seconds: taken when complete, so far when running.
         started: when it was last begun (ISO 8601, UTC).
         now: the part that is worked on (what, unit, done, total, rate, updated), else None.
-        note: why the state could not be told from the inputs.
+        note: why the state could not be told from the inputs, or which of them are gone.
     """
 
     stage: str
@@ -97,11 +98,12 @@ def read_status(run: Run) -> RunStatus:
             try:
                 fingerprint = run.fingerprint_of(stage, fingerprint)
                 state = run.state(stage, fingerprint)
-            except GradPursuitError as error:  # an input is gone: what was made of it cannot be compared with it
+            except GradPursuitError as error:  # an input cannot be read: what was made of it cannot be compared with it
                 note = str(error)
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed
-        stages.append(_stage(run, stage.name, state, entry, owner, note if note != earlier else ""))
+        told = note if note != earlier else gone_note(run.input_hashes) if stage.name == "data" else ""
+        stages.append(_stage(run, stage.name, state, entry, owner, told))
     return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
 
 
@@ -143,11 +145,11 @@ def _steps(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count
 
 
 def _gradient_rows(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
-    """Rows of finished shards; of the split at work also those of the shard at work."""
+    """Rows of finished shards; of the work at hand also those of the shard at work."""
     counts = gradient_rows(run)
-    for split, (done, total) in counts.items():
-        if now and split in now["what"] and now["total"] == total:
-            counts[split] = max(done, now["done"]), total
+    for what, (done, total) in counts.items():
+        if now and now["what"] == what and now["total"] == total:
+            counts[what] = max(done, now["done"]), total
     return sum(done for done, _ in counts.values()), sum(total for _, total in counts.values()), "rows"
 
 
@@ -161,9 +163,9 @@ def _strategy_files(name: str) -> Callable[[Run, dict[str, Any], dict[str, Any] 
 
 
 def _cells(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
-    """Trained and scored cells: the base model, and every strategy with every seed."""
-    total = 1 + len(run.config.selection.strategies) * run.config.evaluation.seeds
-    return len(_cell_seconds(run)), total, "cells"
+    """Models scored on a target, of those that the comparison was begun for; one may stand for several cells."""
+    plan, found = _plan(run), _cells_found(run)
+    return (sum(key in found for key in plan), len(plan), "cells") if plan else (0, None, "cells")
 
 
 def _nothing(run: Run, entry: dict[str, Any], now: dict[str, Any] | None) -> Count:
@@ -181,18 +183,34 @@ COUNTS = {
 }
 
 
-def _cell_seconds(run: Run) -> list[float]:
+def _plan(run: Run) -> list[tuple[str, str]]:
     try:
-        lines = (run.folder / "evaluation" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-        return [float(json.loads(line)["seconds"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [tuple(key) for key in json.loads((run.folder / "evaluation" / "plan.json").read_text("utf-8"))]
+    except (OSError, ValueError, TypeError):
         return []
 
 
+def _cells_found(run: Run) -> dict[tuple[str, str], float]:
+    """Seconds of every line of the results, by training and rows scored."""
+    try:
+        lines = (run.folder / "evaluation" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    found = {}
+    for line in lines:
+        try:
+            value = json.loads(line)["result"]
+            found[value["training"], value["scored"]] = float(value["train_seconds"] + value["score_seconds"])
+        except (ValueError, KeyError, TypeError):
+            continue  # torn: it will be computed again
+    return found
+
+
 def _cell_rate(run: Run) -> float | None:
-    """Cells a second, over the cells that are trained: scoring the base model takes no training."""
-    trained = _cell_seconds(run)[1:]
-    return len(trained) / sum(trained) if sum(trained) else None
+    """Cells a second, over those that this comparison wants and has, the base model apart: it takes no training."""
+    found = _cells_found(run)
+    seconds = [found[key] for key in _plan(run)[1:] if key in found]
+    return len(seconds) / sum(seconds) if sum(seconds) else None
 
 
 def _line(stage: StageStatus) -> tuple[str, ...]:
@@ -228,7 +246,22 @@ def target_lines(found: Sequence[dict[str, Any]]) -> list[str]:
                 ", ".join(path for paths in target["files"].values() for path in paths),
             )
         )
-    return columns(rows)
+    lacking = [target for target in found if target.get("lacking")]
+    return columns(rows) + [
+        f"{target['name']}: lacks features that the strategies need ({', '.join(target['lacking'])}); "
+        f"run `{target['command']}`"
+        for target in lacking
+    ]
+
+
+def strategy_lines(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what :func:`gradpursuit.selection.describe_strategies` says, and what is wrong with those it lacks."""
+    rows = [("strategy", "random", "needs", "of the target", "source")]
+    for entry in (entry for entry in found if "error" not in entry):
+        random, origin = "yes" if entry["stochastic"] else "", entry["distribution"]
+        source = entry["source"] + (f" [{origin}]" if origin else "")
+        rows.append((entry["name"], random, entry["needs"], entry["target"], source))
+    return columns(rows) + [entry["error"] for entry in found if "error" in entry]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

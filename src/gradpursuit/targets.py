@@ -8,20 +8,20 @@ left out of every selection for it.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shlex
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.config import target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
-from gradpursuit.files import read_json, sha256_of
+from gradpursuit.files import gone_note, known_hashes, read_json
 from gradpursuit.manifest import Manifest, State, digest_of
 
 if TYPE_CHECKING:
@@ -32,15 +32,26 @@ logger = logging.getLogger("gradpursuit")
 
 @dataclass(frozen=True)
 class TargetFiles:
-    """What a target is made of: JSONL files of its examples, and of those that only score (none: split off)."""
+    """What a target is made of: JSONL files of its examples, and of those that only score (none: split off).
+
+    `known` is the sha256 of files whose rows are clean already, by split and path: these need not be there any more.
+    """
 
     target: Sequence[str]
     heldout: Sequence[str]
+    known: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @cached_property
     def hashes(self) -> dict[str, dict[str, str]]:
-        """sha256 of every file, by split and path."""
-        return {name: {p: sha256_of(Path(p)) for p in getattr(self, name)} for name in ("target", "heldout")}
+        """sha256 of every file, by split and path.
+
+        Raises:
+            RunError: a file cannot be read, and it is not known what was in it.
+        """
+        found = {name: known_hashes(getattr(self, name), self.known.get(name, {})) for name in ("target", "heldout")}
+        if note := gone_note(path for hashes in found.values() for path in hashes):
+            logger.info("note: %s", note)
+        return found
 
 
 class Target:
@@ -67,10 +78,29 @@ class Target:
         return found
 
     def fingerprints(self, inputs: dict[str, dict[str, str]]) -> dict[str, str]:
-        """Of both stages: what they depend on, in the run and in the content of the files."""
-        content = {name: list(hashes.values()) for name, hashes in inputs.items()}
-        data = digest_of({"above": self._run.fingerprint("data"), "inputs": content})
-        return {"data": data, "gradients": digest_of({"above": self._run.fingerprint("gradients"), "data": data})}
+        """Of both stages: what they depend on, in the run and in the content of the files.
+
+        Which features there are is no part of it: other strategies may need more of them (:attr:`lacking`).
+        """
+        run, content = self._run, {name: list(hashes.values()) for name, hashes in inputs.items()}
+        data = digest_of({"above": run.fingerprint("data"), "inputs": content})
+        settings = run.config.gradients.model_dump(mode="json", exclude={"preconditioner"})
+        above = {"above": run.fingerprint("trajectory"), "gradients": settings, "seed": run.config.seed, "data": data}
+        return {"data": data, "gradients": digest_of(above)}
+
+    @property
+    def features(self) -> list[str]:
+        """Labels of the features that it has."""
+        found: list[str] = self.manifest.entry("gradients").get("detail", {}).get("features", [])
+        return found
+
+    @property
+    def lacking(self) -> list[str]:
+        """Labels of features that the run's own target has for the configured strategies, and this one has not."""
+        entry = self._run.manifest.entry("gradients")
+        if entry.get("fingerprint") != self._run.fingerprint("gradients"):
+            return []  # the run lacks them itself
+        return [label for label in entry.get("plan", {}).get("target", []) if label not in self.features]
 
     def state(self) -> State:
         """How far it got, for the run as it is configured now."""
@@ -79,7 +109,23 @@ class Target:
             state = self.manifest.state(stage, fingerprint, quick=self._run.quick)
             if state != "complete":
                 return "unfinished" if stage == "gradients" and state == "new" else state
-        return "complete"
+        return "unfinished" if self.lacking else "complete"
+
+    def trouble(self) -> str:
+        """Why nothing can be chosen for it, and the command that mends it; empty when it is complete."""
+        state = self.state()
+        if state == "complete":
+            return ""
+        changed = [self.folder / name for stage in ("data", "gradients") for name in self.manifest.changed(stage)]
+        reason = {
+            "new": "was not finished",
+            "unfinished": "was not finished",
+            "outdated": "was made with other settings or another pool",
+            "damaged": f"has a file that is missing or was changed: {', '.join(map(str, changed))}",
+        }[state]
+        if state == "unfinished" and self.features and self.lacking:
+            reason = f"lacks features that the strategies need ({', '.join(self.lacking)})"
+        return f"{reason}; run `{self.command()}`"
 
     def fingerprint(self) -> str:
         """What a selection for it depends on.
@@ -87,17 +133,14 @@ class Target:
         Raises:
             RunError: it is not there, or not complete for the run as it is configured now.
         """
-        state = self.state()
-        if state == "new":
+        if self.state() == "new":
             names = ", ".join(target.name for target in targets(self._run)) or "none"
             raise RunError(
                 f"selection.target '{self.name}': the run has no such target (added: {names}); "
                 f"run `{self.command()}` first, or give selection.target null for the run's own"
             )
-        if state != "complete":
-            reasons = {"unfinished": "was not finished", "outdated": "was made with other settings or another pool"}
-            reason = reasons.get(state, "has a file that is missing or was changed")
-            raise RunError(f"selection.target '{self.name}' {reason}; run `{self.command()}` first")
+        if trouble := self.trouble():
+            raise RunError(f"selection.target '{self.name}' {trouble} first")
         return self.manifest.fingerprint("gradients")
 
     def command(self) -> str:
@@ -115,15 +158,17 @@ class Target:
         except RunError:
             return {"name": self.name, "state": "damaged", "rows": {}, "left_out": 0, "features": [], "files": {}}
         try:
-            state = self.state()
+            state, lacking = self.state(), self.lacking
         except GradPursuitError:  # an input of the run is gone: what was made of it cannot be compared with it
-            state = "outdated"
+            state, lacking = "outdated", []
         return {
             "name": self.name,
             "state": state,
             "rows": detail.get("rows", {}),
             "left_out": detail.get("leaks", 0),
-            "features": self.manifest.entry("gradients").get("detail", {}).get("features", []),
+            "features": self.features,
+            "lacking": lacking,
+            "command": self.command(),
             "files": {name: list(hashes) for name, hashes in self.inputs.items()},
         }
 
@@ -147,6 +192,7 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
     target = Target(run, name)
     with run.working(f"target {name}"):
         run.require("gradients", f"`target add {name}`")
+        files = dataclasses.replace(files, known=target.inputs)
         if target.inputs and target.fingerprints(target.inputs) != target.fingerprints(files.hashes) and not replace:
             raise RunError(
                 f"{target.folder}: target '{name}' is there with other content "
@@ -180,7 +226,7 @@ def _make(run: Run, target: Target, files: TargetFiles) -> None:
     fingerprints = target.fingerprints(files.hashes)
     for stage, work in (("data", _clean), ("gradients", _collect)):
         state = target.manifest.state(stage, fingerprints[stage])
-        if state == "complete":
+        if state == "complete" and not (stage == "gradients" and target.lacking):
             logger.info("target %s: %s complete, nothing to do", target.name, stage)
             continue
         start = time.monotonic()
@@ -232,10 +278,13 @@ def _trained_on(run: Run, target: Target) -> int:
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
     from gradpursuit.data import Table
-    from gradpursuit.gradient_stage import Split, collect, gradient_folder, wanted_features
+    from gradpursuit.gradient_stage import Split, collect, gradient_folder, target_features
 
-    kinds = wanted_features(run)["target"]
-    target.manifest.begin("gradients", fingerprint, run.config.seed, {"target": [kind.label for kind in kinds]})
+    kinds = target_features(run)
+    labels = [kind.label for kind in kinds]
+    if target.manifest.state("gradients", fingerprint) == "complete":  # what other strategies needed stays
+        labels += [label for label in target.features if label not in labels]
+    target.manifest.begin("gradients", fingerprint, run.config.seed, {"target": labels})
     rows = Table.read(target.folder / "data" / "target.parquet")
-    collect(run, [Split("target", rows, kinds, gradient_folder(run, target.name) / "target")])
-    return {"features": [kind.label for kind in kinds]}
+    collect(run, [Split("target", rows, kinds, gradient_folder(run, target.name) / "target")], target.folder)
+    return {"features": labels}

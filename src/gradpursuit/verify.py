@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from gradpursuit.errors import ConfigError, GradPursuitError, StoreError
-from gradpursuit.gradient_stage import Split, collector, gradient_folder, splits, store_problems, wanted_features
+from gradpursuit.gradient_stage import (
+    Split,
+    collector,
+    gradient_folder,
+    signal_collector,
+    splits,
+    store_problems,
+    target_features,
+)
+from gradpursuit.gradients.filling import StoreFiller
 from gradpursuit.gradients.recompute import Difference, recompute, worst
 from gradpursuit.pipeline import Run
 from gradpursuit.stages import STAGES, Stage
@@ -35,6 +47,14 @@ class Verification:
 
     problems: list[str]
     checks: list[StoreCheck]
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values; `lost` is null where a row could not be computed again."""
+        value = asdict(self)
+        for check in value["checks"]:
+            if math.isnan(check["worst"]["lost"]):
+                check["worst"]["lost"] = None
+        return value
 
 
 def verify(run: Run, sample: int = 8) -> Verification:
@@ -91,37 +111,46 @@ def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
     yield from splits(run)
     for target in targets(run):
         try:
-            state = target.state()
-            changed = [
-                target.folder / name for stage in ("data", "gradients") for name in target.manifest.changed(stage)
-            ]
-            if state != "complete":
-                named = ", ".join(map(str, changed)) or "its stages"
-                problems.append(f"target '{target.name}' is {state} ({named}); run `{target.command()}`")
+            if trouble := target.trouble():
+                problems.append(f"target '{target.name}' {trouble}")
                 continue
             table = Table.read(target.folder / "data" / "target.parquet")
         except GradPursuitError as error:
             problems.append(str(error))
             continue
         folder = gradient_folder(run, target.name) / "target"
-        yield Split(f"target '{target.name}'", table, wanted_features(run)["target"], folder)
+        yield Split(f"target '{target.name}'", table, target_features(run), folder)
 
 
 def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -> list[StoreCheck]:
-    checks = []
-    with collector(run) as made:
-        for split in sound:
-            stores = split.stores(run)
-            try:
-                found = recompute(made, f"the {split.name}", split.table, stores, sample, run.seed("verify"))
-            except StoreError as error:
-                problems.append(str(error))
-                continue
-            for kind, store in stores.items():
-                differences = found[kind.label]
-                inside = store.folder.is_relative_to(run.folder)
-                name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "") if inside else ""
-                checks.append(
-                    StoreCheck(name or str(store.folder), store.spec.dtype, len(differences), worst(differences))
-                )
+    """Of all splits first the gradients, then each signal, whose model is another one."""
+    checks: list[StoreCheck] = []
+
+    def again(made: StoreFiller[Any], split: Split, kinds: Sequence[Any]) -> None:
+        stores = {kind: store for kind, store in split.stores(run).items() if kind in kinds}
+        try:
+            found = recompute(made, f"the {split.name}", split.table, stores, sample, run.seed("verify"))
+        except StoreError as error:
+            problems.append(str(error))
+            return
+        for kind, store in stores.items():
+            differences = found[kind.label]
+            checks.append(StoreCheck(_name(run, store.folder), store.spec.dtype, len(differences), worst(differences)))
+
+    if any(split.gradients for split in sound):
+        with collector(run) as made:
+            for split in sound:
+                if split.gradients:
+                    again(made, split, split.gradients)
+    if any(split.signals for split in sound):
+        with signal_collector(run) as forward:
+            for split in sound:
+                for signal in split.signals:
+                    again(forward, split, [signal])
     return checks
+
+
+def _name(run: Run, folder: Path) -> str:
+    """Of a store: its path in the run folder, or where else it lies."""
+    inside = folder.is_relative_to(run.folder)
+    return folder.relative_to(run.folder).as_posix().replace("gradients/", "") if inside else str(folder)

@@ -15,8 +15,9 @@ import torch
 from gradpursuit.config import WarmupSection
 from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradientError, ModelError, RunError, StoreError
-from gradpursuit.gradients.collector import Collector, CollectSpec
+from gradpursuit.gradients.collector import Collector
 from gradpursuit.gradients.engine import FeatureEngine
+from gradpursuit.gradients.filling import CollectSpec
 from gradpursuit.gradients.layout import coordinates
 from gradpursuit.gradients.per_example import PerExampleGradients
 from gradpursuit.gradients.preconditioner import Preconditioner

@@ -196,6 +196,9 @@ class TwiceModel(nn.Module):
         self.head = nn.Linear(8, 40, bias=False)
         self.waste = waste
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
     def get_output_embeddings(self) -> nn.Module:
         return self.head
 

@@ -1,12 +1,17 @@
 """Non-negative least squares against SciPy's."""
 
+import logging
+
 import numpy as np
 import pytest
 from scipy.optimize import nnls as scipy_nnls
 
 from gradpursuit.errors import PursuitError
-from gradpursuit.pursuit import kkt_violation, nnls
+from gradpursuit.pursuit import DenseMatrix, kkt_violation, nnls
+from gradpursuit.pursuit.held import HeldColumns
+from gradpursuit.pursuit.newton import Tolerance
 from gradpursuit.pursuit.nnls import _Pivoting
+from gradpursuit.pursuit.refit import GramRefit, NewtonRefit
 
 
 def columns(kind, rng):
@@ -116,6 +121,28 @@ def test_a_thousand_columns_with_near_copies():
     A = np.hstack([A, A + 1e-6 * rng.standard_normal(A.shape)])
     b = rng.standard_normal(300)
     assert nnls(A.T @ A, A.T @ b).kkt <= 1e-8
+
+
+@pytest.mark.parametrize("D", [300, 1000])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3])
+def test_newton_steps_on_coherent_columns(D, ridge, caplog):
+    """600 columns near five directions: by steps where they suffice, by pivoting, which is told, where not."""
+    rng = np.random.default_rng(0)
+    A = rng.standard_normal((D, 5)) @ (rng.standard_normal((5, 600)) + 0.3) + 0.1 * rng.standard_normal((D, 600))
+    A = (A / np.linalg.norm(A, axis=0)).astype(np.float32)
+    b = A[:, :40].mean(axis=1, dtype=np.float64) + 0.1 * rng.standard_normal(D) / np.sqrt(D)
+    matrix, ids = DenseMatrix(A), np.arange(600)
+    held = HeldColumns(matrix, b[:, None], np.ones(600), 600)
+    held.load(ids)
+    exact = GramRefit(held, b[:, None])
+    made = NewtonRefit(held, b[:, None], np.sqrt(matrix.squared_norms()), exact)
+    with caplog.at_level(logging.INFO, logger="gradpursuit"):
+        x, r, kkt = made.solve(ids, np.zeros((600, 1)), ridge, Tolerance(1e-7))
+    assert kkt <= 1e-5
+    assert ("solved by pivoting" in caplog.text) == (D == 300 and ridge == 0.0)
+    expected, residual, _ = exact.solve(ids, x, ridge, Tolerance(1e-7))
+    np.testing.assert_allclose(r, residual, atol=1e-5)
+    np.testing.assert_allclose(x, expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,13 @@ def budgets(A):
     return st.integers(1, A.shape[1])
 
 
+def fitted(data, estimator):
+    """A, b, k, alpha and the estimator fitted to them."""
+    A, b = data.draw(problems())
+    k, alpha = data.draw(budgets(A)), data.draw(ALPHAS)
+    return A, b, k, alpha, estimator(k, alpha=alpha).fit(A, b)
+
+
 def ridge_of(A, alpha):
     return alpha * np.mean(np.sum(A**2, axis=0))
 
@@ -81,9 +88,7 @@ def violation(A, b, S, w, ridge):
 @SOME
 @given(data=st.data())
 def test_non_negative_within_the_budget_monotone_and_optimal(estimator, data):
-    A, b = data.draw(problems())
-    k, alpha = data.draw(budgets(A)), data.draw(ALPHAS)
-    found = estimator(k, alpha=alpha).fit(A, b)
+    A, b, k, alpha, found = fitted(data, estimator)
     S, w = found.support_, found.coef_
     assert (w >= 0).all()
     assert set(np.flatnonzero(w)) == set(S)
@@ -184,9 +189,7 @@ def test_the_ridge_spans_matching_and_top_k_by_correlation(seed, k):
 @SOME
 @given(data=st.data())
 def test_every_budget_of_the_path(estimator, data):
-    A, b = data.draw(problems())
-    k, alpha = data.draw(budgets(A)), data.draw(ALPHAS)
-    found = estimator(k, alpha=alpha).fit(A, b)
+    A, b, _, _, found = fitted(data, estimator)
     assert len(found.path_) == len(found.support_)
     for j in range(1, len(found.path_) + 1):
         part = found.path_[j]

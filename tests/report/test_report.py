@@ -1,106 +1,294 @@
 from __future__ import annotations
 
 import json
-import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from rich.console import Console
+from scipy.optimize import nnls
 
-from gradpursuit.config import build_config
-from gradpursuit.data import Row, Table
-from gradpursuit.evaluation.table import Line
-from gradpursuit.report import write_report
+from gradpursuit.cli import main
+from gradpursuit.config import load_config
+from gradpursuit.evaluation.findings import Line
+from gradpursuit.pipeline import Run
+from gradpursuit.report import fit, fitting
+from gradpursuit.report.findings import findings
+from gradpursuit.report.fit import Explainer
+from gradpursuit.report.page import render
 from gradpursuit.report.terminal import comparison_table, timing_table
-from gradpursuit.selection import Selection
+from gradpursuit.report.write import gather
+from jobs import Job
 
-MANIFEST = {
-    "format": 1,
-    "created": "2025-01-01T00:00:00+00:00",
-    "packages": {"torch": "2"},
-    "machine": {"system": "Linux", "cores": 2},
-    "stages": {
-        "data": {
-            "seconds": 1.0,
-            "detail": {
-                "rows": {"pool": 2, "target": 3, "heldout": 4},
-                "distinct": 2,
-                "dropped": {"pool: longer than max_tokens": 5},
-            },
-        },
-        "selection": {
-            "seconds": 2.25,
-            "detail": {"target": "other", "rows": {"pool": 2, "target": 7, "heldout": 9}, "seconds": {"gtp": 2.0}},
-        },
-    },
-}
-LINES = [Line("gtp", 2, 0.0, 1, 8.0, [1.0, 2.0]), Line("random", 2, 1.0, 0, 8.0, [3.0, 5.0])]
+BY_GRADIENT = ("fit", "budgets", "duplicates", "targets", "control")
 
 
 class Page(HTMLParser):
-    """Collects tags, the links that would leave the page, and the text."""
+    """Collects tags, attributes that would make a request or run a script, and the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.links: list[str] = []
+        self.handlers: list[str] = []
         self.words: list[str] = []
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href") and value]
+        self.links += [value for name, value in attrs if name in ("src", "href", "action", "data") and value]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
 
 
-def write(folder: Path) -> Page:
-    config = build_config({"model": {"path": "m"}, "data": {"pool": "p", "target": "t"}}, "test")
-    evil = json.dumps({"prompt": "<script>alert('x')</script><img src=http://evil.invalid/x>", "completion": "y" * 500})
-    pool = Table([Row(f"id-{i}", f"h{i}", "pool.jsonl", i, evil, [1], [1]) for i in range(2)])
-    path = [{"layer": 1.0, "relative_residual": r} for r in (1.0, 0.5, 0.25)]
-    chosen = Selection(np.array([1, 0]), np.array([1.5, 0.5]), np.array([1, 1]), {"path": path})
-    selections = {"gtp": [chosen], "random": [Selection.ranked([0, 1])]}
-    write_report(folder, config, MANIFEST, LINES, selections, pool)
-    return Page((folder / "report.html").read_text("utf-8"))
+def quick(folder: Path) -> Run:
+    return Run(load_config(folder / "config.yaml"), quick=True)
 
 
-def test_page_is_self_contained_and_escapes_the_data(tmp_path: Path) -> None:
-    page = write(tmp_path)
-    assert "script" not in page.tags
-    assert "img" not in page.tags
-    assert page.links == []
-    assert "url(" not in (tmp_path / "report.html").read_text("utf-8")
-    text = "".join(page.words)
-    assert "<script>alert('x')</script>" in text
-    assert "1.500" in text  # mean of 1 and 2
-    assert "5 × pool: longer than max_tokens" in text
-    assert "target other: 7 target examples,\n9 held out" in text
+def test_page_is_self_contained_and_escapes_the_data(page: Path, evil: str) -> None:
+    text = page.read_text("utf-8")
+    found = Page(text)
+    assert found.tags.count("script") == 1, "our own"
+    assert not {"img", "link", "iframe", "object", "base"} & set(found.tags)
+    assert found.handlers == []
+    assert all(link.startswith("#") for link in found.links)
+    assert "url(" not in text
+    assert "@import" not in text
+    words = "".join(found.words)
+    assert evil in words
+    assert f"sums{evil}" in words
+    assert "pool <b>&.jsonl" in words
+    assert "longer than max_tokens" in words
 
 
-def test_curve_ends_at_the_last_residual(tmp_path: Path) -> None:
-    write(tmp_path)
-    points = re.search(r'polyline points="([^"]+)"', (tmp_path / "report.html").read_text("utf-8"))
-    assert points is not None
-    first, *_, last = points.group(1).split()
-    assert first == "40.0,20.0"
-    assert last == "580.0,155.0"
+def test_residuals_are_those_of_the_pursuit_and_of_scipy(finished: Job, report: dict[str, Any]) -> None:
+    evidence = json.loads((finished.run_dir / "selection/gtp/path.json").read_text())[0]
+    assert report["fit"]["relative_residual"] == pytest.approx(evidence["path"][-1]["relative_residual"], abs=1e-6)
+    assert report["budgets"]["path"][-1]["budget"] == 8
+    assert report["budgets"]["path"][-1]["relative_residual"] == pytest.approx(evidence["relative_residual"], abs=1e-6)
+    residuals = [point["relative_residual"] for point in report["budgets"]["path"]]
+    assert min(residuals) < 0.5 < residuals[0], "a ridge lets it rise a little, but more rows explain more"
+    assert report["budgets"]["knee"]["budget"] in [point["budget"] for point in report["budgets"]["path"]]
+
+    run = quick(finished.run_dir)
+    for name, draws in run.selections().items():
+        match = Explainer(run).match(np.sort(draws[0].indices))
+        stacked = np.vstack([match.columns, np.sqrt(match.ridge) * np.eye(8)])
+        weights, _ = nnls(stacked, np.concatenate([match.target, np.zeros(8)]))
+        left = np.linalg.norm(match.target - match.columns @ weights) / np.linalg.norm(match.target)
+        assert report["fit"]["strategies"][name] == pytest.approx(left, abs=1e-6)
+        assert match.examples.mean(axis=1) == pytest.approx(match.target, abs=1e-6)
 
 
-def test_json_holds_the_same_figures(tmp_path: Path) -> None:
-    write(tmp_path)
-    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
-    assert [line["after"] for line in report["comparison"]] == [1.5, 4.0]
-    assert report["selections"]["gtp"]["effective_examples"] == 4 / 2.5
-    assert report["selections"]["gtp"]["top"][0]["id"] == "id-1"
+def test_fit_of_the_whole_is_that_of_its_only_group(report: dict[str, Any]) -> None:
+    found = report["fit"]
+    (group,) = found["groups"]
+    assert group["examples"] == 6
+    assert group["checkpoints"] == pytest.approx(found["checkpoints"])
+    assert 0 < group["overall"] <= 1
+
+
+def test_the_wrong_target_is_explained_less(report: dict[str, Any]) -> None:
+    control = report["control"]
+    assert control["own"]["relative_residual"] == pytest.approx(report["fit"]["relative_residual"])
+    (other,) = control["others"]
+    assert other["target"] == "other"
+    assert 0 < other["relative_residual"] <= 1
+    assert other["alignment"] < control["own"]["alignment"]
+
+
+def test_copies_that_top_k_takes_are_counted(finished: Job, report: dict[str, Any]) -> None:
+    found = report["duplicates"]
+    own = next(line for line in found["strategies"] if line["strategy"] == "gtp")
+    assert own["text"] == own["gradient"] == 0
+    assert found["top_k"]["examples"] == 8
+    assert found["top_k"]["text"] == found["top_k"]["gradient"] > 0, "of a row and its copy both are on top"
+    ids = {row["id"] for row in map(json.loads, (finished.folder / "pool <b>&.jsonl").read_text().splitlines())}
+    assert {pair["id"] for pair in found["set_aside"]} <= ids
+
+
+def test_rows_carry_text_weight_and_whom_they_serve(finished: Job, report: dict[str, Any]) -> None:
+    rows = report["rows"]["rows"]
+    exported = [json.loads(line) for line in (finished.run_dir / "selection/gtp/selected.jsonl").open()]
+    assert {row["id"]: row["weight"] for row in rows} == {row["id"]: row["weight"] for row in exported}
+    assert [row["rank"] for row in rows] == list(range(1, 9))
+    assert rows[0]["blocks"][0]["label"] == "prompt"
+    targets = {example["id"] for example in report["targets"]["examples"]}
+    assert len(targets) == 6
+    for row in rows:
+        cosines = [one["cosine"] for one in row["serves"]]
+        assert cosines == sorted(cosines, reverse=True)
+        assert {one["id"] for one in row["serves"]} <= targets
+    cosines = [example["cosine"] for example in report["targets"]["examples"]]
+    assert cosines == sorted(cosines), "the least served first"
+
+
+def test_before_and_after(report: dict[str, Any]) -> None:
+    source, topic = report["mixes"]
+    assert [(value["value"], value["pool"]) for value in source["values"]] == [("pool <b>&.jsonl", 40)]
+    assert topic["by"] == "topic"
+    assert {value["value"].split("<")[0]: value["pool"] for value in topic["values"]} == {"sums": 20, "more": 20}
+    for strategy in ("gtp", "less", "random"):
+        assert sum(value["chosen"][strategy] for value in topic["values"]) == 8
+    for found in report["lengths"].values():
+        assert sum(found["histogram"]["pool"]) == pytest.approx(1)
+        assert sum(found["histogram"]["chosen"]["gtp"]) == pytest.approx(1)
+    assert report["weights"]["effective"] == pytest.approx(
+        sum(report["weights"]["falling"]) ** 2 / sum(weight**2 for weight in report["weights"]["falling"])
+    )
+    assert [(line["split"], line["rows"]) for line in report["cleaning"]["dropped"]] == [("pool", 1)]
+
+
+def test_what_is_missing_is_said_with_the_command(job: Job) -> None:
+    assert main(["warmup", str(job.path), "--quiet"]) == 0
+    assert main(["report", str(job.run_dir), "--quiet"]) == 0
+    early = json.loads((job.run_dir / "report.json").read_text())
+    assert early["cleaning"]["rows"]["pool"] == 31
+    for name in (*BY_GRADIENT, "rows", "mixes", "lengths", "weights", "comparison"):
+        missing = {
+            "missing": "'gradients' is not complete for this configuration",
+            "command": f"gradpursuit collect {job.run_dir}",
+        }
+        assert early[name] == missing, name
+    text = "".join(Page((job.run_dir / "report.html").read_text("utf-8")).words)
+    assert f"gradpursuit collect {job.run_dir}" in text
+    assert "nothing has been chosen yet" in text
+
+    for verb in ("collect", "select"):
+        assert main([verb, str(job.run_dir), "--quiet"]) == 0
+    assert main(["report", str(job.run_dir), "--quiet"]) == 0
+    chosen = json.loads((job.run_dir / "report.json").read_text())
+    assert chosen["comparison"]["command"] == f"gradpursuit export {job.run_dir}"
+    assert chosen["control"]["command"].startswith(f"gradpursuit target add {job.run_dir}")
+    assert chosen["fit"]["explained"] > 0
+    assert main(["compare", str(job.run_dir), "--quiet"]) == 2, "the export comes first"
+
+
+def test_a_report_of_nothing_is_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(job.folder)]) == 2
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_a_comparison_of_other_selections_is_not_shown(finished: Job, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished.run_dir, folder)
+    assert main(["select", str(folder), "--selection.k", "4", "--quiet"]) == 0
+    assert main(["report", str(folder), "--quiet"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert report["comparison"]["missing"] == "'export' is not complete for this configuration"
+    assert report["rows"]["chosen"] == 4
+
+
+def test_the_report_is_the_stage_when_nothing_is_missing(finished: Job) -> None:
+    run = quick(finished.run_dir)
+    before = (run.folder / "report.json").read_bytes()
+    assert run.missing("report") is None
+    assert run.report() == [run.folder / "report.html", run.folder / "report.json"]
+    again = json.loads((run.folder / "report.json").read_bytes())
+    assert {**again, "timings": []} == {**json.loads(before), "timings": []}
+    assert run.missing("report") is None
+
+
+def test_a_strategy_without_features_has_rows_all_the_same(job: Job) -> None:
+    job.save(selection={"strategies": ["random"]})
+    for verb, where in (("warmup", job.path), ("collect", job.run_dir), ("select", job.run_dir)):
+        assert main([verb, str(where), "--quiet"]) == 0
+    report = gather(quick(job.run_dir))
+    assert "add gtp to selection.strategies" in report["fit"]["missing"]
+    assert len(report["rows"]["rows"]) == 5
+    assert "Chosen rows" in render(report)
+
+
+def test_what_takes_long_waits_until_it_is_asked_for(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = quick(finished.run_dir)
+    monkeypatch.setattr(fitting, "PASS_BYTES", 0)
+    found = gather(run)["duplicates"]
+    assert found["top_k"]["command"] == f"gradpursuit report {run.folder} --full"
+    assert found["strategies"]
+    assert gather(run, full=True)["duplicates"]["top_k"]["examples"] == 8
+    monkeypatch.setattr(fitting, "COLUMN_BYTES", 0)
+    found = gather(run)
+    assert all("--full" in found[name]["command"] for name in BY_GRADIENT)
+    assert len(found["rows"]["rows"]) == 8
+
+
+def test_near_copies_and_alignment() -> None:
+    columns = np.array([[1.0, 2.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    assert fit.near_copies(columns, 0.999) == 1
+    assert fit.alignment(columns[:, 0], np.array([1.0, 1.0])) == pytest.approx(np.sqrt(0.5))
+    assert fit.alignment(columns[:, 3], columns[:, 0]) == 0
+    assert fit.cosines(columns, columns[:, :1])[:, 0].tolist() == [1, 1, 0, 0]
+
+
+def test_a_page_of_500_long_rows_is_below_two_megabytes(report: dict[str, Any]) -> None:
+    row = report["rows"]["rows"][0]
+    text = [{"label": "prompt", "text": "a word & <more> " * 75}]
+    rows = [{**row, "id": f"row-{i}", "rank": i + 1, "blocks": text} for i in range(500)]
+    html = render({**report, "rows": {"strategy": "gtp", "chosen": 900, "rows": rows}})
+    assert len(html.encode()) < 2 << 20
+    assert "The first 500 of 900 are shown" in html
+
+
+def test_findings_tell_what_to_doubt(report: dict[str, Any]) -> None:
+    assert {finding["kind"] for finding in findings(report)} <= {"warning", "good", "note"}
+    worse = json.loads(json.dumps(report))
+    worse["fit"]["explained"] = 0.05
+    worse["control"]["others"][0]["relative_residual"] = 0.1
+    chosen = worse["lengths"]["tokens"]["chosen"]["gtp"]
+    chosen |= {"shifted": True, "median": worse["lengths"]["tokens"]["pool"]["median"] * 2}
+    worse["weights"]["effective"] = 2.0
+    worse["cleaning"]["dropped"][0]["rows"] = 30
+    warnings = [finding["text"] for finding in findings(worse) if finding["kind"] == "warning"]
+    for words in (
+        "explain only 5 % of the target’s gradient",
+        "explain another target, other, as well as their own",
+        "are longer than the pool’s",
+        "8 rows count like 2.0",
+        "30 of 70 rows of the pool were dropped (43 %)",
+    ):
+        assert [text for text in warnings if words in text], words
+    told = {"target": "own", "reference": "gtp", "reference_budget": 8, "other_budget": 8, "metric": "loss"}
+    values = {"better": (0.1, 0.3), "worse": (-0.3, -0.1), "level": (-0.1, 0.3)}
+    worse["comparison"]["differences"] = [
+        {**told, "other": name, "low": low, "high": high, "difference": (low + high) / 2, "detectable": 0.25}
+        for name, (low, high) in values.items()
+    ]
+    texts = {(finding["kind"], finding["text"]) for finding in findings(worse)}
+    assert ("good", "gtp against better (own): held-out loss lower by 0.200 (95 % interval 0.100 to 0.300).") in texts
+    assert (
+        "warning",
+        "gtp against worse (own): held-out loss higher by 0.200 (95 % interval 0.100 to 0.300).",
+    ) in texts
+    assert any(kind == "note" and "a difference of 0.250 would have shown" in text for kind, text in texts)
+
+
+def test_the_comparison_is_that_of_its_files(finished: Job, report: dict[str, Any]) -> None:
+    found = report["comparison"]
+    lines = {line["strategy"]: line for line in json.loads((finished.run_dir / "evaluation/summary.json").read_text())}
+    assert {row["strategy"] for row in found["rows"]} == set(lines)
+    for row in found["rows"]:
+        line = lines[row["strategy"]]
+        assert row["mean"] == pytest.approx(sum(line["losses"]) / len(line["losses"]))
+        assert row["high"] - row["low"] == pytest.approx(line["gain"]["high"] - line["gain"]["low"])
+        assert row["low"] <= row["mean"] <= row["high"]
+    pairs = (finished.run_dir / "evaluation/differences.csv").read_text().splitlines()
+    assert len(found["differences"]) == len(pairs) - 1 > 0
 
 
 def test_terminal_tables_show_every_seed_and_the_total() -> None:
+    lines = [Line("gtp", 2, 0.0, 1, 8.0, [1.0, 2.0]), Line("random", 2, 1.0, 0, 8.0, [3.0, 5.0])]
+    stages = {
+        "data": {"seconds": 1.0, "detail": {}},
+        "selection": {"seconds": 2.25, "detail": {"seconds": {"gtp": 2.0}}},
+    }
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(comparison_table(LINES))
-    console.print(timing_table(MANIFEST))
+    console.print(comparison_table(lines))
+    console.print(timing_table({"stages": stages}))
     text = console.export_text()
     for figure in ("1.000", "2.000", "1.500", "4.000", "8.000", "after, seed 1", "3.2"):
         assert figure in text

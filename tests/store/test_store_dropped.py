@@ -53,7 +53,7 @@ def test_a_row_that_is_neither_there_nor_dropped_is_refused(tmp_path: Path) -> N
 def test_checkpoints_that_disagree_are_refused_with_the_row_and_the_way_out(tmp_path: Path) -> None:
     store = uneven(tmp_path / "s")
     message = r"checkpoint-2/shard-00000.*lacks row 0 \('id-0', dropped: out of memory\).*collect the gradients again"
-    for read in (store.kept, store.ids, store.features, lambda: store.column("norm")):
+    for read in (store.kept, store.features, lambda: store.column("norm")):
         with pytest.raises(StoreError, match=message):
             read()
 
@@ -66,7 +66,6 @@ def test_after_exclude_every_reader_goes_by_the_kept_rows(tmp_path: Path, dtype:
     kept = [1, 2, 3, 5]
     assert store.kept().dtype == np.int64
     assert store.kept().tolist() == kept
-    assert store.ids() == ("id-1", "id-2", "id-3", "id-5")
     assert store.dropped() == {0: MEMORY, 4: NAN, 6: NAN}
     for t, blocks in enumerate(store.features()):
         assert [len(block) for block in blocks] == [2, 2]

@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.errors import ModelError, TrajectoryError
+from gradpursuit.trajectory.followed import followed_layers
 from gradpursuit.trajectory.model import load_model, trainable
-from gradpursuit.trajectory.tuning import adapter_settings, refuse_unfollowed, tuned
+from gradpursuit.trajectory.tuning import adapter_settings, tuned
 
 DOWN = r".*mlp\.down_proj"
 
@@ -74,7 +75,7 @@ def test_layers_are_trained_by_their_own_names(base: Any) -> None:
     with tuned(base, ModelSection(path="x", layers=DOWN), seed=0) as model:
         assert model is base
         assert list(trainable(model)) == [f"model.layers.{i}.mlp.down_proj.weight" for i in (0, 1)]
-        refuse_unfollowed(model)
+        followed_layers(model)
     other = gpt2()
     with tuned(other, ModelSection(path="x", layers=r"transformer\.h\.\d+\.attn\.c_(attn|proj)"), seed=0) as model:
         names = list(trainable(model))
@@ -112,9 +113,16 @@ def test_adapters_outside_the_linear_layers(base: Any, modules: list[str]) -> No
 
 def test_a_whole_model_cannot_be_followed(base: Any) -> None:
     with pytest.raises(ModelError, match="no trainable parameters"):
-        refuse_unfollowed(base)
+        followed_layers(base)
     with pytest.raises(ModelError, match=r"trainable parameters cannot be followed .*norms, embeddings"):
-        refuse_unfollowed(base.requires_grad_(True))
+        followed_layers(base.requires_grad_(True))
+
+
+@pytest.mark.parametrize("options", [{"modules_to_save": ["down_proj"]}, {"use_dora": True}, {"lora_bias": True}])
+def test_what_the_gradients_would_refuse_is_refused_before_training(base: Any, options: dict[str, Any]) -> None:
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **options))
+    with pytest.raises(ModelError, match=r"trainable parameters cannot be followed .*use plain LoRA"):
+        followed_layers(model)
 
 
 def test_rslora_scales_by_the_root(base: Any) -> None:

@@ -15,12 +15,11 @@ from gradpursuit.cluster.errors import raised_by, reason_of
 from gradpursuit.cluster.session import Resources, Session
 from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradPursuitError, RunError
-from gradpursuit.gradients.collector import Collector, Todo
-from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.gradients.filling import Kind, StoreFiller, Todo
 from gradpursuit.store import GradientStore, ShardFolder
 
 logger = logging.getLogger("gradpursuit")
-OpenCollector = Callable[[], AbstractContextManager[Collector]]
+OpenFiller = Callable[[], AbstractContextManager[StoreFiller[Any]]]
 Line = tuple[int, str]  # of the log: level and message
 
 _LOOK_AROUND = 1.0  # seconds after which it is seen whether nodes have joined
@@ -33,7 +32,7 @@ class ShardTask:
 
     checkpoint: int
     shard: int
-    kinds: Sequence[Preconditioner]
+    kinds: Sequence[Kind]
     folders: Sequence[ShardFolder]
     rows: Sequence[Row]
 
@@ -46,12 +45,12 @@ class ShardTask:
 class GradientWorker:
     """Holds a model, computes shards and writes them.
 
-    open_collector: what makes the model and its checkpoints, on any machine that sees the run folder. precision: of the
+    open_filler: what makes the model and its checkpoints, on any machine that sees the run folder. precision: of the
     driver, which must be that of every worker.
     """
 
-    def __init__(self, open_collector: OpenCollector, precision: str, threads: int) -> None:
-        self._open, self._precision, self._threads = open_collector, precision, threads
+    def __init__(self, open_filler: OpenFiller, precision: str, threads: int) -> None:
+        self._open, self._precision, self._threads = open_filler, precision, threads
         self._stack, self._lines = ExitStack(), _Lines()
         logging.getLogger("gradpursuit").addHandler(self._lines)
 
@@ -65,15 +64,15 @@ class GradientWorker:
 
         torch.set_num_threads(self._threads)
         try:
-            self._collector = self._stack.enter_context(self._open())
+            self._filler = self._stack.enter_context(self._open())
         except (GradPursuitError, OSError) as error:
             raise RunError(
                 f"node {socket.gethostname()}: {error} (every node must see the run folder, and the model, under the "
                 "same path as this machine)"
             ) from None
-        if self._collector.precision != self._precision:
+        if self._filler.precision != self._precision:
             raise RunError(
-                f"node {socket.gethostname()} computes in {self._collector.precision}, this machine in "
+                f"node {socket.gethostname()} computes in {self._filler.precision}, this machine in "
                 f"{self._precision}: features would depend on who computed them; give model.precision: float32 or "
                 "bfloat16, not auto"
             )
@@ -86,7 +85,7 @@ class GradientWorker:
         if not lacking:
             return dict(first.columns(t, s).dropped), self._lines.taken()
         kinds = [kind for kind, _ in lacking]
-        made = self._collector.shards(t, kinds, task.rows, first.range(s), lambda _: None)
+        made = self._filler.shards(t, kinds, task.rows, first.range(s), lambda _: None)
         for (_, to), shard in zip(lacking, made, strict=True):
             to.write(t, s, shard)
         return dict(made[0].dropped), self._lines.taken()
@@ -118,7 +117,7 @@ class _Worker:
 
 @dataclass
 class ClusterFill:
-    """Fills shards with workers of a cluster; the face of :class:`~gradpursuit.gradients.collector.Fill`.
+    """Fills shards with workers of a cluster; the face of :class:`~gradpursuit.gradients.filling.Fill`.
 
     There are as many workers as are configured, or as there is room for, and more when nodes join. A worker that dies
     gives its shard back.
@@ -129,7 +128,7 @@ class ClusterFill:
     """
 
     session: Session
-    open_collector: OpenCollector
+    open_filler: OpenFiller
     precision: str
     resources: Resources
     lost: int = 0
@@ -139,11 +138,7 @@ class ClusterFill:
     _waiting: bool = False
 
     def __call__(
-        self,
-        table: Table,
-        stores: Mapping[Preconditioner, GradientStore],
-        todo: Todo,
-        advance: Callable[[int], None],
+        self, table: Table, stores: Mapping[Any, GradientStore], todo: Todo[Any], advance: Callable[[int], None]
     ) -> Iterator[Mapping[int, str]]:
         """As :meth:`Fill.__call__`."""
         self.session.workers(self.resources)  # refuses where there is room for none
@@ -201,7 +196,7 @@ class ClusterFill:
         while len(self._workers) < wanted:
             actor = ray.remote(GradientWorker).options(**options, scheduling_strategy="SPREAD")
             self.begun += 1
-            made: Any = actor.remote(self.open_collector, self.precision, self.resources.cpus)
+            made: Any = actor.remote(self.open_filler, self.precision, self.resources.cpus)
             worker = _Worker(made, f"worker {self.begun}")
             self._workers.append(worker)
             busy[made.begin.remote()] = worker, None

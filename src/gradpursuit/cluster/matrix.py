@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gradpursuit.cluster.shards import Alone, Cursor, Part, Question, Wanted
+from gradpursuit.cluster.shards import Alone, Part, Question, Wanted, parts_of
 from gradpursuit.cluster.team import Ownership, Team, shares
 from gradpursuit.pursuit.matrix import as_ids, require_finite
+from gradpursuit.pursuit.ranking import Place
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
 from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import DTYPES
@@ -67,11 +70,17 @@ class ClusterFeatures(TrajectoryFeatures):
     """Features of N rows at T checkpoints that workers own, and that are not brought together.
 
     team: the workers. parts: of one store, in the order of their rows. owners: to which member each part goes first
-    (None: shared out evenly).
+    (None: shared out evenly). columns: as of :class:`TrajectoryFeatures`.
     """
 
-    def __init__(self, team: Team, parts: Sequence[Part], owners: Sequence[int] | None = None) -> None:
-        super().__init__([])
+    def __init__(
+        self,
+        team: Team,
+        parts: Sequence[Part],
+        owners: Sequence[int] | None = None,
+        columns: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> None:
+        super().__init__([], columns)
         self._owned = Ownership(team, parts, owners)
         self._single: dict[int, RayGradientMatrix] = {}
 
@@ -86,6 +95,17 @@ class ClusterFeatures(TrajectoryFeatures):
     def matrix(self, factor: Float64Array | None = None) -> RayGradientMatrix:  # type: ignore[override]
         """The features of all checkpoints stacked [D, N], row i of checkpoint t times `factor[t, i]`."""
         return RayGradientMatrix(self._owned, tuple(range(self.checkpoints)), factor)
+
+    def at(self, checkpoint: int) -> Float64Array:
+        """As :meth:`TrajectoryFeatures.at`: all rows are brought together."""
+        return self.some(checkpoint, np.arange(len(self)))
+
+    def take(self, rows: IntArray) -> TrajectoryFeatures:
+        """As :meth:`TrajectoryFeatures.take`; their shards are shared out anew."""
+        owned = self._owned
+        of_table = np.concatenate([part.rows for part in owned.parts])[rows]
+        parts = parts_of(owned.parts[0].shards, of_table)
+        return ClusterFeatures(owned.team, parts, columns={name: one[:, rows] for name, one in self.columns.items()})
 
     def _at(self, checkpoint: int) -> RayGradientMatrix:  # type: ignore[override]
         if checkpoint not in self._single:
@@ -143,10 +163,9 @@ class RayGradientMatrix:
             self.traffic.other_bytes += found.nbytes
         return out
 
-    def ranking(self, r: FloatArray, least: float, excluded: IntArray) -> RemoteRanking:
+    def ranking(self, r: FloatArray, least: float) -> RemoteRanking:
         """As :meth:`gradpursuit.pursuit.ranking.RankedMatrix.ranking`; the pass is made when atoms are asked for."""
-        wide = np.asarray(r, dtype=np.float64)
-        return RemoteRanking(self, wide, least, np.sort(as_ids(excluded, self.shape[1])))
+        return RemoteRanking(self, self.begin_pass(np.asarray(r, dtype=np.float64)), least)
 
     def columns(self, ids: IntArray) -> FloatArray:
         """The atoms `ids` [m] as an array [D, m] (the transposed view of contiguous rows [m, D])."""
@@ -250,26 +269,38 @@ class OnePass:
         return self.reference
 
 
+@dataclass(frozen=True)
 class RemoteRanking:
-    """The ranking of atoms that lie on workers: each is asked for as many of its best as are wanted, and they merge."""
+    """The ranking of atoms that lie on workers."""
 
-    def __init__(self, matrix: RayGradientMatrix, r: Float64Array, least: float, excluded: IntArray) -> None:
-        self._matrix, self._least, self._excluded = matrix, least, excluded
-        self._pass = matrix.begin_pass(r)
-        self._after: Cursor | None = None
+    matrix: RayGradientMatrix
+    made: OnePass
+    least: float
+
+    def without(self, excluded: IntArray) -> RemoteAtoms:
+        """As :meth:`gradpursuit.pursuit.ranking.Ranking.without`."""
+        return RemoteAtoms(self, np.sort(as_ids(excluded, self.matrix.shape[1])))
+
+
+class RemoteAtoms:
+    """Every worker is asked for as many of its best atoms as are wanted, and they merge."""
+
+    def __init__(self, ranking: RemoteRanking, excluded: IntArray) -> None:
+        self._of, self._excluded = ranking, excluded
+        self._after: Place | None = None
 
     def next(self, count: int) -> tuple[IntArray, Float64Array]:
-        """As :meth:`gradpursuit.pursuit.ranking.Ranking.next`."""
-        one, ids, scores = self._pass, [np.empty(0, dtype=np.int64)], [np.empty(0)]
+        """As :meth:`gradpursuit.pursuit.ranking.Ranked.next`."""
+        matrix, one = self._of.matrix, self._of.made
+        wanted = Wanted(one.number, self._of.least, count, self._after)
+        ids, scores = [np.empty(0, dtype=np.int64)], [np.empty(0)]
 
         def ranked(actor: Any, asked: Question) -> Any:
-            excluded = self._matrix.excluded_of(self._excluded, asked)
+            excluded = matrix.excluded_of(self._excluded, asked)
             one.moved.excluded_bytes += excluded.nbytes
-            return actor.ranked.remote(
-                asked, Wanted(one.number, self._least, count, self._after), one.residual(actor, asked), excluded
-            )
+            return actor.ranked.remote(asked, wanted, one.residual(actor, asked), excluded)
 
-        for _, (some, their_scores) in self._matrix.ask(ranked):
+        for _, (some, their_scores) in matrix.ask(ranked):
             one.moved.pairs += len(some)
             ids.append(some)
             scores.append(their_scores)

@@ -11,12 +11,10 @@ from typing import Any
 import numpy as np
 
 from gradpursuit.pursuit import GradientTrajectoryPursuit, TrajectoryMatrix
-from gradpursuit.pursuit.ranking import RankedScores, scores_of
+from gradpursuit.pursuit.ranking import Place, RankedScores, scores_of
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
 from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import ShardFolder
-
-Cursor = tuple[float, int]
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Wanted:
     number: int
     least: float
     count: int
-    after: Cursor | None
+    after: Place | None
 
 
 @dataclass(frozen=True)
@@ -138,14 +136,14 @@ class ShardWorker:
             matrix = self._matrix(asked)
             norms = np.sqrt(matrix.squared_norms())
             reading = time.perf_counter()
-            scores = scores_of(matrix.correlate(r))
+            products = matrix.correlate(r)
             self.seconds["reading"] += time.perf_counter() - reading
-            self._ranking = key, RankedScores(scores, norms, wanted.least, np.searchsorted(ids, excluded))
-        ranking = self._ranking[1]
+            self._ranking = key, RankedScores(scores_of(products), norms, wanted.least)
         # Ids of the whole pool rise with places among these rows, so places settle ties as ids do.
-        score, last = wanted.after or (np.inf, -1)
-        ranking.after(score, int(np.searchsorted(ids, last, side="right")) - 1)
-        places, values = ranking.next(wanted.count)
+        after = (
+            None if wanted.after is None else (wanted.after[0], int(np.searchsorted(ids, wanted.after[1], "right")) - 1)
+        )
+        places, values = self._ranking[1].without(np.searchsorted(ids, excluded), after).next(wanted.count)
         self.seconds["pass"] += time.perf_counter() - began
         return ids[places], values
 

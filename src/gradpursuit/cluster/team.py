@@ -79,6 +79,12 @@ class Team:
                 len(self.members),
             )
 
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """End all workers."""
         import ray
@@ -96,7 +102,7 @@ class Ownership:
     """
 
     def __init__(self, team: Team, parts: Sequence[Part], owners: Sequence[int] | None = None) -> None:
-        self.pool, self.parts, self._team = uuid.uuid4().hex, list(parts), team
+        self.pool, self.parts, self.team = uuid.uuid4().hex, list(parts), team
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
         self._views: dict[str, tuple[tuple[int, ...], Float64Array | None]] = {}
         self._owner: dict[int, Member] = {}
@@ -176,7 +182,7 @@ class Ownership:
 
     def _hand_over(self, member: Member, why: BaseException) -> None:
         """The parts of a lost worker go to those that own the fewest rows."""
-        self._team.lose(member, why)
+        self.team.lose(member, why)
         orphans = [number for number, owner in self._owner.items() if owner is member]
         self._deaths.update(orphans)
         for number in orphans:
@@ -187,7 +193,7 @@ class Ownership:
                     f"{reason_of(why)}; do they have memory enough? Give engine.cpus more "
                     "cores, so that fewer share a node"
                 )
-        members = self._team.members or [self._team.add()]
+        members = self.team.members or [self.team.add()]
         rows: Counter[str] = Counter()
         for number, owner in self._owner.items():
             rows[owner.name] += len(self.parts[number].rows)

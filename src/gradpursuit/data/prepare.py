@@ -68,7 +68,8 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
     """Write `pool.parquet`, `target.parquet`, `heldout.parquet` and `dropped.jsonl` into `folder`.
 
     Pool rows whose content is also in the target or the held-out file are dropped as leaks. Without a held-out
-    file, the share `holdout` of the target is set aside, drawn with `seed`.
+    file, the share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own target: there
+    are no target rows, and the share is that of the pool.
 
     Returns:
         Counts for the manifest: rows read and kept per split, and drops per reason.
@@ -116,15 +117,17 @@ def leaks(table: Table, *others: Table) -> list[int]:
 
 
 def _clean_all(
-    files: dict[str, list[str]], renderer: Renderer, config: DataSection, holdout: float, seed: int
+    files: dict[str, list[str] | None], renderer: Renderer, config: DataSection, holdout: float, seed: int
 ) -> dict[str, Cleaned]:
     """Every split, cleaned; without a held-out file the share `holdout` of the target is split off."""
     cleaned = {name: clean(name, read_examples(paths), renderer, config) for name, paths in files.items() if paths}
-    for name in files:
-        if name not in cleaned and name != "heldout":
+    for name, paths in files.items():
+        if paths == [] and name != "heldout":
             raise DataError(f"data.{name} names no file")
+    own = "target" if "target" in cleaned else "pool"
     if "heldout" not in cleaned:
-        cleaned["target"], cleaned["heldout"] = split_off(cleaned["target"], holdout, seed)
+        cleaned[own], cleaned["heldout"] = split_off(own, cleaned[own], holdout, seed)
+    cleaned.setdefault("target", Cleaned(Table([])))
     return cleaned
 
 
@@ -138,23 +141,23 @@ def _write(cleaned: dict[str, Cleaned], dropped: list[dict[str, Any]], folder: P
     return {"rows": {name: len(part.table) for name, part in cleaned.items()}, "dropped": dict(reasons)}
 
 
-def split_off(target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Cleaned]:
-    """Split the target into what guides the selection and what scores it; copies stay on one side.
+def split_off(name: str, target: Cleaned, holdout: float, seed: int) -> tuple[Cleaned, Cleaned]:
+    """Split the target (or the pool: `name`) into what guides the selection and what scores it; copies stay together.
 
     Raises:
-        DataError: the target has too few distinct rows to leave one on either side.
+        DataError: it has too few distinct rows to leave one on either side.
     """
     hashes = sorted({row.hash for row in target.table})
     if len(hashes) < 2:
         raise DataError(
-            f"the target holds {len(hashes)} distinct rows; at least 2 are needed to hold some out: "
+            f"the {name} holds {len(hashes)} distinct rows; at least 2 are needed to hold some out: "
             "add rows, or give held-out rows of their own (data.heldout)"
         )
     count = min(max(1, round(holdout * len(hashes))), len(hashes) - 1)
     chosen = {hashes[i] for i in np.random.default_rng(seed).permutation(len(hashes))[:count]}
     kept = Table([row for row in target.table if row.hash not in chosen])
     heldout = Table([row for row in target.table if row.hash in chosen])
-    logger.info("no held-out file: %d of %d target rows are set aside for scoring", len(heldout), len(target.table))
+    logger.info("no held-out file: %d of %d %s rows are set aside for scoring", len(heldout), len(target.table), name)
     return Cleaned(kept, target.dropped), Cleaned(heldout)
 
 
@@ -164,7 +167,7 @@ def _drop_leaks(cleaned: dict[str, Cleaned], name: str, *others: str) -> None:
     found = set(leaks(part.table, *(cleaned[other].table for other in others)))
     reason = f"same content as a row of {' or '.join(others)}"
     part.dropped += [drop_record(name, part.table[i], reason) for i in sorted(found)]
-    if len(found) == len(part.table):
+    if found and len(found) == len(part.table):
         raise DataError(f"every row of the {name} is also in {' or '.join(others)}: nothing is left")
     part.table = Table([row for i, row in enumerate(part.table) if i not in found])
 

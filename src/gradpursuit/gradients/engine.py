@@ -1,10 +1,15 @@
-"""Features of rows at one checkpoint: loss, per-example gradients, preconditioners and sketch in one backward pass."""
+"""Features of rows at one checkpoint: loss, per-example gradients, preconditioners and sketch in one backward pass.
+
+What only needs a forward pass is in :mod:`gradpursuit.gradients.forward`.
+"""
 
 from __future__ import annotations
 
 import gc
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +26,7 @@ from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
 from gradpursuit.trajectory.model import Compute, trainable
 
 logger = logging.getLogger("gradpursuit")
+_TOKENS_PER_THREAD = 256  # matrix products of fewer rows are slow
 
 
 @dataclass(frozen=True)
@@ -63,66 +69,43 @@ class Computed:
     dropped: dict[int, str] = field(default_factory=dict)
 
 
-class FeatureEngine:
-    """Per-example features of a model at its present checkpoint.
-
-    The feature of a row is P Γ(∇ℓ), ℓ the mean negative log-likelihood over its supervised tokens; no learning rate is
-    in it.
+class RowEngine(ABC):
+    """Computes something of every row in batches of rows of similar length; a batch that memory cannot hold is halved.
 
     Args:
-        model: with a trainable adapter, or trainable weights of linear layers.
-        compute: device and precision.
-        sketch: of the trainable parameters, on that device.
-        tokens_per_batch: padded tokens in one backward pass; halved for good when memory does not suffice.
+        model: in evaluation mode from here on: dropout would make a feature another one each time.
+        device: of the model.
+        tokens_per_batch: padded tokens in one pass; halved for good when memory does not suffice.
     """
 
-    def __init__(self, model: nn.Module, compute: Compute, sketch: SparseSketch, tokens_per_batch: int) -> None:
-        self._model = model.eval()  # dropout would make a feature another one each time
-        self._gradients = PerExampleGradients(model, compute.autocast)
-        self._loss = SupervisedLoss(model, compute)
-        self._sketch, self._budget, self._device = sketch, tokens_per_batch, compute.device
+    what = "gradient"
+
+    def __init__(self, model: nn.Module, device: torch.device, tokens_per_batch: int) -> None:
+        self._model, self._device, self._budget = model.eval(), device, tokens_per_batch
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
-        self._kinds: list[Callable[[str, Tensor], Tensor]] = []
 
-    def prepare(self, wanted: Sequence[Preconditioner], state: AdamState) -> None:
-        """Set what the batches that follow are preconditioned with; call it whenever the checkpoint changes."""
-        self._kinds = [kind.at(state) for kind in wanted]
+    @property
+    @abstractmethod
+    def widths(self) -> list[int]:
+        """Of every kind of feature that is wanted, the size d."""
 
+    @abstractmethod
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """Features, losses and supervised tokens of rows in one backward pass."""
-        sketches = [torch.zeros(len(rows), self._sketch.dim, device=self._device) for _ in self._kinds]
-        squares = [torch.zeros(len(rows), device=self._device) for _ in self._kinds]
-        unused = {name: parameter.numel() for name, parameter in trainable(self._model).items()}
-
-        def consume(parameter: str, gradient: Tensor) -> None:
-            unused.pop(parameter, None)
-            flat = coordinates(gradient)
-            for kind, out, square in zip(self._kinds, sketches, squares, strict=True):
-                values = kind(parameter, flat)
-                square += torch.linalg.vecdot(values, values)
-                self._sketch.add(parameter, values, out)
-
-        with self._gradients.capture(consume):
-            losses, tokens = self._loss(collate(rows, self._pad))
-            losses.sum().backward()
-        for name, size in list(unused.items()):  # its gradient is zero, but Adam's momentum would move it all the same
-            consume(name, torch.zeros(len(rows), size, device=self._device))
-        features = [Features(s, q.sqrt()) for s, q in zip(sketches, squares, strict=True)]
-        return Batch(features, losses.detach(), tokens)
+        """Features, losses and supervised tokens of rows in one pass."""
 
     def compute(self, rows: Sequence[Row], on_rows: Callable[[int], None]) -> Computed:
         """Features of any number of rows, in batches of rows of similar length.
 
-        Rows that have none are left out, with the reason: loss or gradient is not finite, the gradient is zero, or
+        Rows that have none are left out, with the reason: loss or feature is not finite, the feature is zero, or
         the row does not fit into memory even alone.
 
         Args:
             rows: of one shard.
             on_rows: told how many more rows are done.
         """
-        n, kinds = len(rows), range(len(self._kinds))
-        features = [torch.zeros(n, self._sketch.dim) for _ in kinds]
-        norms = [torch.zeros(n) for _ in kinds]
+        n = len(rows)
+        features = [torch.zeros(n, width) for width in self.widths]
+        norms = [torch.zeros(n) for _ in self.widths]
         loss, tokens = torch.zeros(n), torch.zeros(n, dtype=torch.int32)
         dropped: dict[int, str] = {}
         queue = token_batches([len(row.input_ids) for row in rows], self._budget)
@@ -139,7 +122,7 @@ class FeatureEngine:
                     out[indices], norm[indices] = part.features.cpu(), part.norm.cpu()
                 loss[indices], tokens[indices] = batch.loss.cpu(), batch.tokens.to("cpu", torch.int32)
             on_rows(len(indices))
-        _find_bad(dropped, loss, norms)
+        _find_bad(dropped, loss, norms, self.what)
         kept = [i for i in range(n) if i not in dropped]
         found = [Features(f[kept], q[kept]) for f, q in zip(features, norms, strict=True)]
         return Computed(found, loss[kept], tokens[kept], kept, dropped)
@@ -171,10 +154,94 @@ class FeatureEngine:
         return [[rest[i] for i in batch] for batch in batches]
 
 
-def _find_bad(dropped: dict[int, str], loss: Tensor, norms: list[Tensor]) -> None:
-    """Add the rows whose loss is not finite or whose gradient is none."""
+class FeatureEngine(RowEngine):
+    """Per-example gradients of a model at its present checkpoint, preconditioned and sketched.
+
+    The feature of a row is P Γ(∇ℓ), ℓ the mean negative log-likelihood over its supervised tokens; no learning rate is
+    in it.
+
+    Args:
+        model: with a trainable adapter, or trainable weights of linear layers.
+        compute: device and precision.
+        sketch: of the trainable parameters, on that device.
+        tokens_per_batch: padded tokens in one backward pass.
+    """
+
+    def __init__(self, model: nn.Module, compute: Compute, sketch: SparseSketch, tokens_per_batch: int) -> None:
+        super().__init__(model, compute.device, tokens_per_batch)
+        self._gradients = PerExampleGradients(model, compute.autocast)
+        self._loss = SupervisedLoss(model, compute)
+        self._sketch = sketch
+        self._kinds: list[Callable[[str, Tensor], Tensor]] = []
+
+    def prepare(self, wanted: Sequence[Preconditioner], state: AdamState) -> None:
+        """Set what the batches that follow are preconditioned with; call it whenever the checkpoint changes."""
+        self._kinds = [kind.at(state) for kind in wanted]
+
+    @property
+    def widths(self) -> list[int]:
+        """The size of the sketch, for every preconditioner."""
+        return [self._sketch.dim] * len(self._kinds)
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        """Features, losses and supervised tokens of rows in one backward pass, or on a CPU in one for each thread.
+
+        Most of what a pass does is no matrix product, and a core that does one leaves room for the other kind of work
+        beside it: threads with rows of their own wait for each other once a batch, not at every step.
+        """
+        width = max(len(row.input_ids) for row in rows)
+        threads = torch.get_num_threads()
+        parts = min(threads, len(rows), max(1, len(rows) * width // _TOKENS_PER_THREAD))
+        if self._device.type != "cpu" or parts == 1:
+            return self._part(rows, width)
+
+        def work(part: int) -> Batch:
+            torch.set_num_threads(threads // parts)
+            return self._part(rows[len(rows) * part // parts : len(rows) * (part + 1) // parts], width)
+
+        try:
+            with ThreadPoolExecutor(parts) as pool:
+                done = list(pool.map(work, range(parts)))
+        finally:
+            torch.set_num_threads(threads)  # threads started later take over the last number that was set anywhere
+        return _joined(done)
+
+    def _part(self, rows: Sequence[Row], width: int) -> Batch:
+        """What `batch` says, in one backward pass; rows are padded to `width`."""
+        sketches = [torch.zeros(len(rows), self._sketch.dim, device=self._device) for _ in self._kinds]
+        squares = [torch.zeros(len(rows), device=self._device) for _ in self._kinds]
+        unused = {name: parameter.numel() for name, parameter in trainable(self._model).items()}
+
+        def consume(parameter: str, gradient: Tensor) -> None:
+            unused.pop(parameter, None)
+            flat = coordinates(gradient)
+            for kind, out, square in zip(self._kinds, sketches, squares, strict=True):
+                values = kind(parameter, flat)
+                square += torch.linalg.vecdot(values, values)
+                self._sketch.add(parameter, values, out)
+
+        with self._gradients.capture(consume):
+            losses, tokens = self._loss(collate(rows, self._pad, width))
+            losses.sum().backward()
+        for name, size in list(unused.items()):  # its gradient is zero, but Adam's momentum would move it all the same
+            consume(name, torch.zeros(len(rows), size, device=self._device))
+        features = [Features(s, q.sqrt()) for s, q in zip(sketches, squares, strict=True)]
+        return Batch(features, losses.detach(), tokens)
+
+
+def _joined(parts: Sequence[Batch]) -> Batch:
+    """The batches as one, in their order."""
+    kinds = [
+        Features(torch.cat([part.features for part in kind]), torch.cat([part.norm for part in kind]))
+        for kind in zip(*(part.kinds for part in parts), strict=True)
+    ]
+    return Batch(kinds, torch.cat([part.loss for part in parts]), torch.cat([part.tokens for part in parts]))
+
+
+def _find_bad(dropped: dict[int, str], loss: Tensor, norms: list[Tensor], what: str) -> None:
+    """Add the rows whose loss is not finite, or whose feature (`what`) is none."""
     for i in (~loss.isfinite()).nonzero()[:, 0].tolist():
         dropped.setdefault(i, f"the loss is {loss[i]:g}")
     for norm in norms:
         for i in (~(norm.isfinite() & (norm > 0))).nonzero()[:, 0].tolist():
-            dropped.setdefault(i, f"the gradient's norm is {norm[i]:g}")
+            dropped.setdefault(i, f"the {what}'s norm is {norm[i]:g}")

@@ -8,40 +8,30 @@ of the layer's input and output gradient alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gradpursuit.errors import ModelError
+from gradpursuit.trajectory.followed import FollowedLayer, followed_layers
 
 Sink = Callable[[Tensor, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Lora:
-    """A layer's A [r, in] and B [out, r], and the factor s of their product."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scaling: float
 
 
 class FollowedLinear:
     """One linear layer and what is followed of it: its own weight, or a LoRA adapter.
 
     Args:
-        base: `nn.Linear`, or transformers' `Conv1D`, which keeps its weight transposed.
-        lora: the adapter; None: the weight itself is followed.
-        names: of the parameters followed: A and B, or the weight.
-        dtype: of the products; inputs and weights are cast to it, products are accumulated in float32.
+        layer: on `nn.Linear`, or transformers' `Conv1D`, which keeps its weight transposed.
+        dtype: of the products; inputs and weights are cast to it, products are accumulated in float32. None: that of
+            the weight.
     """
 
-    def __init__(self, base: Any, lora: Lora | None, names: tuple[str, ...], dtype: torch.dtype) -> None:
-        self.base, self.lora, self.names, self.dtype = base, lora, names, dtype
-        self.transposed = not isinstance(base, nn.Linear)
+    def __init__(self, layer: FollowedLayer, dtype: torch.dtype | None) -> None:
+        self.base, self.lora, self.names = layer.base, layer.lora, layer.names
+        self.dtype: torch.dtype = dtype or layer.base.weight.dtype
+        self.transposed = not isinstance(layer.base, nn.Linear)
         self._made_of: tuple[Any, ...] = ()
 
     def refresh(self) -> None:
@@ -105,59 +95,13 @@ class Linear(torch.autograd.Function):
 
 
 def followed_linears(model: nn.Module, dtype: torch.dtype | None) -> dict[nn.Module, FollowedLinear]:
-    """The linear layers of `model` that have trainable weights or trainable LoRA adapters.
+    """The linear layers of `model` whose weights or LoRA adapters are followed, ready for products.
 
     Args:
         model: whose trainable parameters are all to be followed.
         dtype: of the products; None: that of each layer's weight.
 
     Raises:
-        ModelError: some trainable parameter is neither, or is part of the output layer; the first is named.
+        ModelError: some trainable parameter cannot be followed.
     """
-    from gradpursuit.trajectory.model import trainable
-
-    parameters = trainable(model)
-    owners = {id(value): name for name, value in parameters.items() if ".modules_to_save." not in name}
-    output = model.get_output_embeddings()  # type: ignore[operator]  # it sees labelled positions of all rows at once
-    head = set(output.modules()) if output is not None else set()
-    found: dict[nn.Module, FollowedLinear] = {}
-    for module in model.modules():
-        if module in head:
-            continue
-        lora = _lora_of(module)
-        base: Any = module.base_layer if lora else module
-        if not is_linear(base):
-            continue
-        names = [owners.get(id(part)) for part in ((lora.a, lora.b) if lora else (base.weight,))]
-        if None not in names:
-            found[module] = FollowedLinear(base, lora, tuple(map(str, names)), dtype or base.weight.dtype)
-    left = sorted(set(parameters) - {name for layer in found.values() for name in layer.names})
-    if left:
-        raise ModelError(
-            f"{len(left)} trainable parameters are neither weights of linear layers nor of plain LoRA adapters on "
-            f"them (first: '{left[0]}'); DoRA, modules_to_save, biases, adapted embeddings and output layers "
-            "are not supported: use plain LoRA"
-        )
-    return found
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether `module` computes W x + b and nothing else."""
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def _lora_of(module: nn.Module) -> Lora | None:
-    """The one active adapter of a `peft` layer, if it is plain: low-rank matrices without biases, not merged."""
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(module, LoraLayer) or len(module.active_adapters) != 1 or module.merged:
-        return None
-    name = module.active_adapters[0]
-    if name not in module.lora_A or module.lora_variant.get(name) is not None:
-        return None
-    a, b = module.lora_A[name], module.lora_B[name]
-    if not is_linear(a) or a.bias is not None or b.bias is not None:
-        return None
-    return Lora(a.weight, b.weight, float(module.scaling[name]))
+    return {module: FollowedLinear(layer, dtype) for module, layer in followed_layers(model).items()}

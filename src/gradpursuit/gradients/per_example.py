@@ -7,16 +7,17 @@ is summed over the batch is ever formed.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from gradpursuit.errors import ModelError
 from gradpursuit.gradients.linear import FollowedLinear, Linear, followed_linears
+from gradpursuit.gradients.pieces import Pieces, forward_replaced
 from gradpursuit.trajectory.model import trainable
 
 Consumer = Callable[[str, Tensor], None]
@@ -41,26 +42,48 @@ class PerExampleGradients:
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
         self._layers = followed_linears(model, autocast)
+        self._pieces = Pieces(model)
+        self._passes, self._lock, self._inside, self._restore = threading.local(), threading.Lock(), 0, ExitStack()
         self.sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
 
     @contextmanager
     def capture(self, consumer: Consumer) -> Iterator[None]:
-        """Hand each parameter's per-example gradient to `consumer` during the backward pass inside the block."""
-        pass_ = _Pass(consumer)
-        replaced = {module: module.__dict__.get("forward") for module in self._layers}
+        """Hand each parameter's per-example gradient to `consumer` during the backward pass inside the block.
+
+        Threads may do so side by side: each sees the gradients of its own losses.
+        """
+        pass_ = self._passes.current = _Pass(consumer)
         try:
-            for module, layer in self._layers.items():
-                layer.refresh()
-                module.forward = pass_.forward_of(layer)
-            yield
+            with self._replaced():
+                yield
             pass_.finish()
         finally:
             pass_.release()
-            for module, forward in replaced.items():
-                if forward is None:
-                    module.__dict__.pop("forward", None)
-                else:
-                    module.forward = forward
+            del self._passes.current
+
+    @contextmanager
+    def _replaced(self) -> Iterator[None]:
+        """The model's layers do what is wanted here; the first thread to come replaces them, the last restores them."""
+        with self._lock:
+            if not self._inside:
+                with ExitStack() as stack:
+                    for module, layer in self._layers.items():
+                        layer.refresh()
+                        stack.enter_context(forward_replaced(module, self._forward_of(layer)))
+                    stack.enter_context(self._pieces.fused(lambda *pair: self._passes.current.remember(*pair)))
+                    self._restore = stack.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._restore.close()
+
+    def _forward_of(self, layer: FollowedLinear) -> Callable[..., Tensor]:
+        """What takes the place of the layer's forward method: the calling thread's pass does it."""
+        return lambda x, *_args, **_kwargs: self._passes.current.forward(layer, x)
 
 
 class _Pass:
@@ -73,20 +96,16 @@ class _Pass:
         self._anchor = torch.zeros((), requires_grad=True)
         self._cast: tuple[Tensor, Tensor] | None = None
 
-    def forward_of(self, layer: FollowedLinear) -> Callable[..., Tensor]:
-        """What takes the place of the layer's forward method."""
-
-        def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-            if x.dim() < 3:
-                raise ModelError(
-                    f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart "
-                    "(as in the experts of a mixture); leave that layer out of model.lora.target_modules"
-                )
-            self._pending.update(layer.names)
-            output: Tensor = Linear.apply(x, self._anchor, self._as(x, layer.dtype), layer, self._sink(layer))
-            return output
-
-        return forward
+    def forward(self, layer: FollowedLinear, x: Tensor) -> Tensor:
+        """The layer's output; its gradients go to the consumer when the backward pass comes by."""
+        if x.dim() < 3:
+            raise ModelError(
+                f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart "
+                "(as in the experts of a mixture); leave that layer out of model.lora.target_modules"
+            )
+        self._pending.update(layer.names)
+        output: Tensor = Linear.apply(x, self._anchor, self._as(x, layer.dtype), layer, self._sink(layer))
+        return output
 
     def finish(self) -> None:
         """Hand over what waited for a use of its module that has no part in the loss."""
@@ -97,6 +116,10 @@ class _Pass:
         """Let go of tensors: the graph that they belong to refers back to this object."""
         self._cast = None
         self._sums.clear()
+
+    def remember(self, x: Tensor, cast: Tensor) -> None:
+        """`cast` is `x` in the products' dtype: the layers that read it next need no copy of their own."""
+        self._cast = (x, cast)
 
     def _as(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """`x` in another dtype; layers that read the same input one after the other share the copy."""

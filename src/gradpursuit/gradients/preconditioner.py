@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from torch import Tensor
 from gradpursuit.config import PreconditionerName
 from gradpursuit.errors import ConfigError, nearest
 from gradpursuit.gradients.layout import coordinates
+from gradpursuit.gradients.loops import adam
 from gradpursuit.trajectory.checkpoint import AdamState
+
+PreconditionerLabel = Literal["adam-symmetric", "adam", "adam-uncorrected", "adam-centered", "identity"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,20 @@ class Preconditioner:
                 f"unknown preconditioner '{self.name}'; {nearest(self.name, get_args(PreconditionerName))}"
             )
 
+    @classmethod
+    def labelled(cls, label: PreconditionerLabel) -> Preconditioner:
+        """That of a label."""
+        name = label.removesuffix("-uncorrected")
+        return cls(name, bias_correction=name == label)  # type: ignore[arg-type]
+
     @property
     def label(self) -> str:
         """A name for folders; it tells apart whatever gives different features."""
         return self.name if self.bias_correction else f"{self.name}-uncorrected"
+
+    def describe(self) -> dict[str, Any]:
+        """What makes its features what they are, as JSON values."""
+        return {"preconditioner": {"name": self.name, "bias_correction": self.bias_correction}}
 
     @property
     def for_target(self) -> Preconditioner:
@@ -93,8 +106,13 @@ class _AdamStep:
             m, v = _flat(state.m[parameter]), _flat(state.v[parameter])
             self._kept[parameter] = m * (state.beta1 / self._of_m), v * (state.beta2 / self._of_v)
         m, v = self._kept[parameter]
-        root = torch.addcmul(v, gradient, gradient, value=(1 - state.beta2) / self._of_v).sqrt_().add_(state.eps)
-        return torch.add(m, gradient, alpha=(1 - state.beta1) / self._of_m).div_(root)
+        of_g, of_square = (1 - state.beta1) / self._of_m, (1 - state.beta2) / self._of_v
+        if gradient.device.type == "cpu":
+            gradient, out = gradient.contiguous(), torch.empty(gradient.shape)
+            adam(gradient.numpy(), m.numpy(), v.numpy(), of_g, of_square, state.eps, out.numpy())
+            return out
+        root = torch.addcmul(v, gradient, gradient, value=of_square).sqrt_().add_(state.eps)
+        return torch.add(m, gradient, alpha=of_g).div_(root)
 
 
 def _flat(moment: Tensor) -> Tensor:

@@ -9,15 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.data import Table
-from gradpursuit.gradients.collector import Collector
-from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.gradients.filling import KindT, StoreFiller
 from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One row at one checkpoint: `lost` is 1 - cos of its stored feature and a new one; NaN: there is no new one."""
+    """One row at one checkpoint: `lost` is 1 - cos of its stored feature and a new one; NaN: there is no new one.
+
+    Of a feature that is a single number it is the relative difference.
+    """
 
     checkpoint: int
     id: str
@@ -25,10 +27,10 @@ class Difference:
 
 
 def recompute(
-    collector: Collector,
+    collector: StoreFiller[KindT],
     name: str,
     table: Table,
-    stores: Mapping[Preconditioner, GradientStore],
+    stores: Mapping[KindT, GradientStore],
     sample: int,
     seed: int,
 ) -> dict[str, list[Difference]]:
@@ -38,12 +40,12 @@ def recompute(
         collector: of the run, whose settings the stores were made with.
         name: of the split, for progress.
         table: the rows of the stores.
-        stores: what was stored, by preconditioner.
+        stores: what was stored, by kind of feature.
         sample: rows to draw; each is computed at one random checkpoint, and compared with all stores.
         seed: of the draw.
 
     Returns:
-        The differences, by label of the preconditioner.
+        The differences, by label of the kind.
     """
     kinds = list(stores)
     kept = next(iter(stores.values())).kept()
@@ -59,7 +61,7 @@ def recompute(
                 for kind, new in zip(kinds, again.kinds, strict=True):
                     stored = _stored(stores[kind], t, i)
                     fresh = new.features.double().numpy()
-                    lost = 1 - _cosine(stored, fresh[0]) if len(fresh) else float("nan")
+                    lost = _lost(stored, fresh[0]) if len(fresh) else float("nan")
                     found[kind.label].append(Difference(t + 1, table[i].id, lost))
     return found
 
@@ -77,5 +79,7 @@ def _stored(store: GradientStore, checkpoint: int, row: int) -> NDArray[np.float
     return feature if shard.scale is None else feature * float(shard.scale[place])
 
 
-def _cosine(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+def _lost(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    if len(a) == 1:
+        return float(abs(a[0] - b[0]) / max(abs(a[0]), abs(b[0])))
+    return float(1 - a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradpursuit.gradients.layout import coordinates
+from gradpursuit.gradients.loops import rotation_sketch
 
 
 class SparseSketch:
@@ -40,7 +42,7 @@ class SparseSketch:
     ) -> None:
         self.sizes, self.dim, self.nonzeros, self.seed = dict(sizes), dim, nonzeros, seed
         self._hashes = {
-            name: [self._hash(f"{seed}:{name}:{repeat}", size, device) for repeat in range(nonzeros)]
+            name: self._hashed([f"{seed}:{name}:{repeat}" for repeat in range(nonzeros)], size, device)
             for name, size in sizes.items()
         }
 
@@ -57,18 +59,27 @@ class SparseSketch:
     def add(self, parameter: str, values: Tensor, out: Tensor) -> None:
         """Add the sketch of `values [B, *shape]` float32 of one parameter to `out [B, d]` float32, in place."""
         flat = coordinates(values)
-        for signs, offsets in self._hashes[parameter]:
-            for source, target in _runs(offsets, flat.shape[1], self.dim):
-                out[:, target].addcmul_(flat[:, source], signs[source])
+        signs, offsets = self._hashes[parameter]
+        if out.device.type == "cpu":
+            rotation_sketch(flat.contiguous().numpy(), signs.numpy(), offsets, out.numpy())
+            return
+        for row, places in zip(signs, offsets.tolist(), strict=True):
+            for source, target in _runs(places, flat.shape[1], self.dim):
+                out[:, target].addcmul_(flat[:, source], row[source])
 
-    def _hash(self, key: str, size: int, device: torch.device | str) -> tuple[Tensor, list[int]]:
+    def _hashed(self, keys: list[str], size: int, device: torch.device | str) -> tuple[Tensor, NDArray[np.int64]]:
+        """Signs [nonzeros, size] and offsets [nonzeros, pieces]."""
+        found = [self._hash(key, size) for key in keys]
+        return torch.stack([signs for signs, _ in found]).to(device), np.array([places for _, places in found])
+
+    def _hash(self, key: str, size: int) -> tuple[Tensor, list[int]]:
         """Signs [size], scaled by 1/√nonzeros, and the offset of each piece."""
         generator = np.random.PCG64(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little"))
         offsets = (generator.random_raw(-(-size // self.dim)) % np.uint64(self.dim)).tolist()
         words = generator.random_raw(-(-size // 64)).astype("<u8")
         bits = np.unpackbits(words.view(np.uint8), count=size, bitorder="little")
         signs = (torch.from_numpy(bits).float() * 2 - 1) / self.nonzeros**0.5
-        return signs.to(device), offsets
+        return signs, offsets
 
 
 def _runs(offsets: list[int], size: int, dim: int) -> Iterator[tuple[slice, slice]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from abc import abstractmethod
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
@@ -10,10 +13,12 @@ from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from gradpursuit.errors import PursuitError
-from gradpursuit.pursuit.loop import Layer
+from gradpursuit.pursuit.loop import Callback, Layer, Steps
 from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, as_matrix, as_vector
 from gradpursuit.pursuit.path import BudgetPath, Knee
 from gradpursuit.pursuit.problem import PursuitProblem
+
+logger = logging.getLogger("gradpursuit")
 
 
 class PursuitRegressor(RegressorMixin, BaseEstimator):
@@ -31,6 +36,11 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
         matrix = as_matrix(X)
         self._match_pool(X, matrix)
         return matrix.combine(self.support_, self.coef_[self.support_])
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """R² of `predict(X)` for y [D]; of several targets y [D, q], for their mean."""
+        target = as_vector(y, as_matrix(X).shape[0], "the target")
+        return float(super().score(X, target if target.ndim == 1 else target.mean(axis=1), sample_weight))
 
     def knee(self, rule: str = "gain") -> Knee:
         """A budget beyond which more atoms help little, by a rule of :meth:`BudgetPath.knee`."""
@@ -112,6 +122,36 @@ class PursuitRegressor(RegressorMixin, BaseEstimator):
         self.kkt_ = max(layer.fit.kkt for layer in layers)
         self.n_iter_ = sum(layer.n_iter for layer in layers)
         self.stop_reason_ = [layer.stop_reason for layer in layers]
+
+
+class OneLayerPursuit(PursuitRegressor):
+    """A pursuit of one target, or of the mean of several, in one layer."""
+
+    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> OneLayerPursuit:
+        """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for the target y [D].
+
+        callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is
+        pursued.
+        """
+        matrix, target = self._numbers(X, y)
+        budget = self._budget(matrix)
+        problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
+        layer = Layer(problem.empty(), [])
+        try:
+            self._pursue(problem, budget, layer, Steps(problem, callback))
+        except KeyboardInterrupt:
+            problem.held.release()  # it may have been interrupted half-way through a change
+            logger.warning("interrupted: the pursuit ends with the best support so far")
+        if len(layer.fit.ids):
+            problem.held.load(layer.fit.ids)
+            kkt = problem.gram.violation(layer.fit.ids, layer.fit.weights, problem.ridge)
+            layer.fit = replace(layer.fit, kkt=kkt)
+        self._publish([(problem, [layer])])
+        return self
+
+    @abstractmethod
+    def _pursue(self, problem: PursuitProblem, budget: int, layer: Layer, steps: Steps) -> None:
+        """Pursue; `layer` has the best fit at all times, and in the end why it ended."""
 
 
 def require_number(name: str, value: Any, least: float, meaning: str) -> None:

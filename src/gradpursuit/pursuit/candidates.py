@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from gradpursuit.pursuit.held import HeldColumns
 from gradpursuit.pursuit.matrix import Float64Array, IntArray
-from gradpursuit.pursuit.ranking import Ranking
+from gradpursuit.pursuit.ranking import Ranked
 
 _SAME = 1.0 - 1e-12  # the cosine of an atom with itself may fall short of 1 by rounding
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
@@ -56,7 +56,7 @@ class CandidatePool:
         """The atoms that may not be drawn: taken, set aside, or of `support`."""
         return np.union1d(np.flatnonzero(~self._available), support)
 
-    def draw(self, ranking: Ranking, support: IntArray, count: int) -> IntArray:
+    def draw(self, ranking: Ranked, support: IntArray, count: int) -> IntArray:
         """Up to `count` distinct atoms, the best of a ranking that has none of :meth:`excluded`.
 
         They are held afterwards, together with `support` and the taken atoms.

@@ -22,10 +22,10 @@ _TARGETS = ("mean", "balanced", "split")
 class GradientTrajectoryPursuit(PursuitRegressor):
     """Minimise ½‖A w − b‖² + ½ λ‖w‖² over w ≥ 0 with at most k non-zero weights, all atoms chosen jointly.
 
-    Each iteration reads the matrix once: the 2k atoms of largest positive correlation with the residual
+    Each iteration reads the matrix once: the k/4 atoms of largest positive correlation with the residual
     join the support, the weights are fitted by non-negative least squares, the k largest contributions
-    x_i‖a_i‖ are kept and refitted. A merge that does not lower the objective is tried again with half as
-    many new atoms, down to one (no further pass is needed); if none helps, the pursuit has converged. The
+    x_i‖a_i‖ are kept and refitted. A merge that does not lower the objective is tried again with far fewer
+    new atoms, down to one (no further pass is needed); if none helps, the pursuit has converged. The
     objective never rises.
 
     Parameters
@@ -39,7 +39,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         Most passes over the matrix for one layer.
     tol : float or None
         The pursuit ends when no step lowers the objective by more than this share of what is left of it, or of
-        what has been gained so far if that is less. None: 1e-6 for budgets up to 200, 1e-3 for larger ones.
+        what has been gained so far if that is less. None: 1e-4 for budgets up to 200, 1e-3 for larger ones.
     saturation : {"layers", "stop"}
         What to do if fewer than k atoms can have a positive weight. "layers": keep them as layer 1, remove
         them and their copies from the pool, and pursue the same target with the rest of the budget, until
@@ -100,7 +100,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     References
     ----------
     Deng, Li, Li, "Influential Language Data Selection via Gradient Trajectory Pursuit", arXiv 2410.16710.
-    Needell, Tropp, "CoSaMP", arXiv 0803.2392 (merge, fit, prune). Halving, layers and copies are this
+    Needell, Tropp, "CoSaMP", arXiv 0803.2392 (merge, fit, prune). Fewer and fewer atoms, layers and copies are this
     package's own.
     """
 
@@ -178,7 +178,8 @@ class GradientTrajectoryPursuit(PursuitRegressor):
             pool = problem.pool(self.max_coherence)
             pool.set_aside(parts[-1].pool.copies if parts else copies)
             tol = problem.pace.tol if self.tol is None else self.tol
-            part = Pursuit(problem, pool, self.max_iter, tol, self.saturation, Steps(problem, callback))
+            steps = Steps(problem, callback, parts[-1].steps if parts else None)
+            part = Pursuit(problem, pool, self.max_iter, tol, self.saturation, steps)
             part.run(share, starts[number] if number < len(starts) else [])
             parts.append(part)
             if part.interrupted:

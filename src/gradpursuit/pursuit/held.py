@@ -27,7 +27,9 @@ class HeldColumns:
     matrix: where they come from. targets: float64 [D, q]. norms: length of every atom [N].
     capacity: how many columns there is room for at first; memory is taken as it is used.
 
-    ids: of the columns held, by slot; serials: which load of a column each is, rising with the slot.
+    A column stays in its slot while it is held; free slots are filled before there are new ones. ids: the column in
+    each slot, -1 for none; serials: which load of a column the slot holds or held last, so that who keeps something
+    for each slot sees what has changed.
 
     Memory: columns x D in the precision of the data, plus one piece of 64 MB.
     """
@@ -51,33 +53,32 @@ class HeldColumns:
         new = ids[self._slot[ids] < 0]
         if not new.size:
             return
-        held, total = len(self.ids), len(self.ids) + len(new)
+        slots = np.concatenate([np.flatnonzero(self.ids < 0), np.arange(len(self.ids), len(self.ids) + len(new))])
+        slots = slots[: len(new)]
+        total = max(len(self.ids), int(slots[-1]) + 1)
         for piece in pieces(len(new), 8 * self._matrix.shape[0]):
             columns = self._matrix.columns(new[piece])
             self._reserve(total, columns.dtype)
             self.fetched_bytes += columns.nbytes
-            place = slice(held + piece.start, held + piece.stop)
+            place = slots[piece]
             self._rows[place] = columns.T
             self._atb[place] = columns.T.astype(np.float64, copy=False) @ self._targets
             unit = np.maximum(self._norms[new[piece], None], np.finfo(np.float64).tiny)
             self._sketch[place] = columns.T @ self._signs.astype(columns.dtype, copy=False) / unit
         self._loaded += len(new)  # first, so that no serial is ever given twice, interrupted or not
-        self.serials = np.concatenate([self.serials, self._loaded - len(new) + np.arange(len(new))])
-        self.ids = np.concatenate([self.ids, new])
-        self._slot[new] = np.arange(held, total)
+        more = np.full(total - len(self.ids), -1)
+        self.serials, self.ids = np.concatenate([self.serials, more]), np.concatenate([self.ids, more])
+        self.serials[slots] = self._loaded - len(new) + np.arange(len(new))
+        self.ids[slots] = new
+        self._slot[new] = slots
 
     def keep(self, ids: IntArray) -> None:
-        """Let go of every column but `ids` [m]; the order of those held stays."""
-        slots = np.sort(self._slot[ids][self._slot[ids] >= 0])
-        if len(slots) == len(self.ids):
-            return
-        self._slot[self.ids] = -1
-        self.ids, self.serials = self.ids[slots], self.serials[slots]
-        self._slot[self.ids] = np.arange(len(slots))
-        for held in (self._rows, self._atb, self._sketch):
-            # In place, which is safe because a column only ever moves down.
-            for piece in pieces(len(slots), held.itemsize * held.shape[1]):
-                held[piece] = held[slots[piece]]
+        """Let go of every column but `ids` [m]."""
+        kept = np.zeros(len(self.ids), dtype=bool)
+        kept[self._slot[ids][self._slot[ids] >= 0]] = True
+        gone = np.flatnonzero(~kept & (self.ids >= 0))
+        self._slot[self.ids[gone]] = -1
+        self.ids[gone] = -1
 
     def release(self) -> None:
         """Let go of everything, and of its memory; also when another method was interrupted half-way."""
@@ -89,11 +90,11 @@ class HeldColumns:
         return self._slot[ids]
 
     def rows(self) -> Rows:
-        """The held columns as the rows of one array, by slot."""
+        """All columns as the rows of one array, by slot; those of free slots mean nothing."""
         return Rows([self._rows[: len(self.ids)]], "the candidates")
 
     def entries(self, slots: IntArray | slice) -> FloatArray:
-        """The held columns at `slots` [m] as an array [m, D], in the precision of the data."""
+        """The columns at `slots` [m] as an array [m, D], in the precision of the data."""
         return self._rows[slots]
 
     def atb(self, ids: IntArray) -> Float64Array:
@@ -104,13 +105,14 @@ class HeldColumns:
         """For each of the held `ids` that may have a cosine of at least `coherence` with one of `others`: who.
 
         Yields (place in `ids`, places in `others`), the places where the sketches are near; none is missed, and
-        some may be wrong. An atom is near itself.
+        some may be wrong. No atom is named as near itself.
         """
         apart = _SLACK * 2 * (1.0 - coherence) + 1e-5  # squared distance of unit atoms, and rounding
         left, right = self._sketch[self._slot[ids]], self._sketch[self._slot[others]]
         squares, others_squares = (np.einsum("ij,ij->i", s, s) for s in (left, right))
         for piece in pieces(len(ids), 4 * len(others)):
             near = squares[piece, None] + others_squares - 2 * (left[piece] @ right.T) <= apart
+            near &= ids[piece, None] != others
             for place in np.flatnonzero(near.any(axis=1)).tolist():
                 yield piece.start + place, np.flatnonzero(near[place])
 
@@ -130,13 +132,13 @@ class HeldColumns:
 
     def _reserve(self, total: int, dtype: np.dtype) -> None:
         """Room for `total` columns; growth by halves keeps one-at-a-time loading from copying everything each time."""
-        held = len(self.ids)
+        used = len(self.ids)
         dtype = np.promote_types(self._rows.dtype, dtype) if len(self._rows) else dtype
         if total <= len(self._rows) and dtype == self._rows.dtype:
             return
-        room = max(total, min(max(self._capacity, held + held // 2), self._matrix.shape[1]))
-        self._rows = _larger(self._rows.astype(dtype, copy=False), room, held)
-        self._atb, self._sketch = _larger(self._atb, room, held), _larger(self._sketch, room, held)
+        room = max(total, min(max(self._capacity, used + used // 2), self._matrix.shape[1]))
+        self._rows = _larger(self._rows.astype(dtype, copy=False), room, used)
+        self._atb, self._sketch = _larger(self._atb, room, used), _larger(self._sketch, room, used)
 
 
 def pieces(count: int, item_bytes: int) -> Iterator[slice]:
@@ -145,9 +147,9 @@ def pieces(count: int, item_bytes: int) -> Iterator[slice]:
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
-def _larger(array: NDArray[Scalar], room: int, held: int) -> NDArray[Scalar]:
+def _larger(array: NDArray[Scalar], room: int, used: int) -> NDArray[Scalar]:
     larger = np.empty((room, array.shape[1]), dtype=array.dtype)
-    larger[:held] = array[:held]
+    larger[:used] = array[:used]
     return larger
 
 

@@ -13,14 +13,14 @@ import numpy as np
 from gradpursuit.pursuit.candidates import CandidatePool
 from gradpursuit.pursuit.matrix import IntArray
 from gradpursuit.pursuit.newton import Tolerance
-from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
+from gradpursuit.pursuit.problem import JOIN, MATCHED, PursuitProblem, SupportFit
 
 logger = logging.getLogger("gradpursuit")
 
 # Where no Gram matrix makes the exact solution cheap, a refit ends when its steps gain little, until the last: which
 # atoms have weight shows long before the weights are exact, and the objective is that of the weights as they are.
 _MERGE = Tolerance(1e-5, gain=0.1)
-FINAL = Tolerance(1e-6)
+FINAL = Tolerance(1e-7)
 _FILLING = 1e-6
 
 
@@ -54,16 +54,25 @@ class Layer:
 
 
 class Steps:
-    """Records, logs and tells the accepted iterations of a pursuit of `problem`."""
+    """Records, logs and tells the accepted iterations of a pursuit of `problem`.
 
-    def __init__(self, problem: PursuitProblem, callback: Callback | None) -> None:
-        self._problem, self._callback, self._began = problem, callback, time.perf_counter()
+    before: those of the pursuit before this one, whose seconds and bytes go on.
+    """
+
+    def __init__(self, problem: PursuitProblem, callback: Callback | None, before: Steps | None = None) -> None:
+        self._problem, self._callback = problem, callback
+        self._began: float = before._began if before else time.perf_counter()
+        self._read_before = before._bytes_read - problem.bytes_read if before else 0  # the norms are read once
+
+    @property
+    def _bytes_read(self) -> int:
+        return self._read_before + self._problem.bytes_read
 
     def measure(self, layer: Layer, number: int, iteration: int) -> PursuitStep:
         """The state of layer `number` after `iteration`."""
         fit, seconds = layer.fit, time.perf_counter() - self._began
         numbers = (number, iteration, len(fit.ids), fit.relative_residual)
-        return PursuitStep(*numbers, fit.objective * self._problem.unit, seconds, self._problem.bytes_read)
+        return PursuitStep(*numbers, fit.objective * self._problem.unit, seconds, self._bytes_read)
 
     def record(self, layer: Layer, number: int, iteration: int) -> None:
         """Add the fit of layer `number` after `iteration` to its steps, and tell it."""
@@ -122,22 +131,25 @@ class Pursuit:
         self.layers.append(layer)
         layer.fit = best = self._begin(budget, start)
         self.steps.record(layer, len(self.layers), 0)
-        most = max(1, round(self.problem.pace.join * budget))
-        held, count = best.ids, most
+        most = max(1, round(JOIN * budget))
+        count = most
         for passes in range(1, self.max_iter + 1):
-            self.problem.held.keep(np.concatenate([self.pool.taken, held]))
             layer.n_iter = passes
-            ranking = self.problem.ranking(best, self.pool.excluded(best.ids))
-            candidates = self.pool.draw(ranking, best.ids, count)
-            if not candidates.size:
-                layer.stop_reason = "no positive correlation"
-                return
-            held = np.concatenate([best.ids, candidates])
-            better, merged = self._improve(best, candidates, budget)
-            count = min(most, 2 * merged)
+            ranking, better, joined = self.problem.ranking(best), None, 0
+            for tried in dict.fromkeys((count, most)):  # not before the most were tried has it converged
+                free = ranking.without(self.pool.excluded(best.ids))
+                candidates = self.pool.draw(free, best.ids, tried)
+                if not candidates.size:
+                    layer.stop_reason = "no positive correlation"
+                    return
+                better, joined = self._improve(best, candidates, budget)
+                if better is not None:
+                    break
             if better is None:
                 layer.stop_reason = "converged" if len(best.ids) == budget else "saturated"
                 return
+            count = min(most, 2 * joined)
+            self.problem.held.keep(np.concatenate([self.pool.taken, best.ids, better.ids]))
             layer.fit = best = better
             self.steps.record(layer, len(self.layers), passes)
             if best.relative_residual <= MATCHED:

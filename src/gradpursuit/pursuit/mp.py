@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
 
-from gradpursuit.pursuit.base import PursuitRegressor, require_count
+from gradpursuit.pursuit.base import OneLayerPursuit, require_count
 from gradpursuit.pursuit.loop import Callback, Layer, Steps
-from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
-
-logger = logging.getLogger("gradpursuit")
+from gradpursuit.pursuit.problem import MATCHED, PursuitProblem
 
 
-class MatchingPursuit(PursuitRegressor):
+class MatchingPursuit(OneLayerPursuit):
     """Lower ½‖A w − b‖² + ½ λ‖w‖² over w ≥ 0 one weight at a time, with at most k non-zero ones.
 
     Each iteration takes the atom whose weight alone, raised as far as is best, lowers the objective most (ties by id),
@@ -59,25 +56,11 @@ class MatchingPursuit(PursuitRegressor):
         self.max_iter = max_iter
         self.tol = tol
 
-    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> MatchingPursuit:
+    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> OneLayerPursuit:
         """Choose and weigh atoms of X for y, as :meth:`NonNegativeOMP.fit` does."""
         if self.max_iter is not None:
             require_count("max_iter", self.max_iter)
-        matrix, target = self._numbers(X, y)
-        budget = self._budget(matrix)
-        problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
-        layer = Layer(problem.empty(), [])
-        try:
-            self._pursue(problem, budget, layer, Steps(problem, callback))
-        except KeyboardInterrupt:
-            logger.warning("interrupted: the pursuit ends with the best support so far")
-        fit = layer.fit
-        if len(fit.ids):
-            problem.held.load(fit.ids)
-            kkt = problem.gram.violation(fit.ids, fit.weights, problem.ridge)
-            layer.fit = SupportFit(fit.ids, fit.weights, fit.residual, fit.objective, kkt)
-        self._publish([(problem, [layer])])
-        return self
+        return super().fit(X, y, callback)
 
     def _pursue(self, problem: PursuitProblem, budget: int, layer: Layer, steps: Steps) -> None:
         weights = np.zeros(problem.matrix.shape[1])

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from scipy.linalg import LinAlgError, cholesky, solve_triangular
 
-from gradpursuit.pursuit.base import PursuitRegressor
-from gradpursuit.pursuit.loop import FINAL, Callback, Layer, Steps
+from gradpursuit.pursuit.base import OneLayerPursuit
+from gradpursuit.pursuit.loop import FINAL, Layer, Steps
 from gradpursuit.pursuit.matrix import Float64Array, IntArray
 from gradpursuit.pursuit.problem import MATCHED, PursuitProblem, SupportFit
 
-logger = logging.getLogger("gradpursuit")
 _SAFE_PIVOT = 1e-10  # squared, relative length of an atom outside the span of the others
 
 
-class NonNegativeOMP(PursuitRegressor):
+class NonNegativeOMP(OneLayerPursuit):
     """Minimise ½‖A w − b‖² + ½ λ‖w‖² over w ≥ 0 by adding one atom at a time, at most k.
 
     Each iteration adds the atom of largest positive correlation with the residual (ties by id) and refits all
@@ -58,29 +54,6 @@ class NonNegativeOMP(PursuitRegressor):
         self.n_nonzero_coefs = n_nonzero_coefs
         self.alpha = alpha
         self.tol = tol
-
-    def fit(self, X: Any, y: Any, callback: Callback | None = None) -> NonNegativeOMP:
-        """Choose and weigh atoms of X ([D, N] array, tensor or `GradientMatrix`) for the target y [D].
-
-        callback and errors as in :meth:`GradientTrajectoryPursuit.fit`; of several targets y [D, q] the mean is
-        pursued.
-        """
-        matrix, target = self._numbers(X, y)
-        budget = self._budget(matrix)
-        problem = PursuitProblem(matrix, target if target.ndim == 1 else target.mean(axis=1), self.alpha, 1)
-        steps = Steps(problem, callback)
-        layer = Layer(problem.empty(), [])
-        try:
-            self._pursue(problem, budget, layer, steps)
-        except KeyboardInterrupt:
-            problem.held.release()  # it may have been interrupted half-way through a change
-            logger.warning("interrupted: the pursuit ends with the best support so far")
-        if len(layer.fit.ids):
-            problem.held.load(layer.fit.ids)
-            kkt = problem.gram.violation(layer.fit.ids, layer.fit.weights, problem.ridge)
-            layer.fit = replace(layer.fit, kkt=kkt)
-        self._publish([(problem, [layer])])
-        return self
 
     @property
     def _least_residual(self) -> float:
@@ -186,7 +159,7 @@ class GrowingCholesky:
 
 
 def _best_atom(problem: PursuitProblem, best: SupportFit) -> int | None:
-    ids, _ = problem.ranking(best, best.ids).next(1)
+    ids, _ = problem.ranking(best).without(best.ids).next(1)
     return int(ids[0]) if ids.size else None
 
 

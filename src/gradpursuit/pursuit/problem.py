@@ -22,8 +22,14 @@ MATCHED = 1e-6
 _LEAST_COSINE = 1e-6
 # A share of the fit below this is a zero that rounding kept positive.
 _LEAST_CONTRIBUTION = 1e-9
-# From this many columns on a refit without their Gram matrix is faster (benchmarks/pursuit.py).
-GRAM_COLUMNS = 600
+# How many atoms join at a time, as a share of the budget: more cost more than they gain (benchmarks/pursuit.py).
+JOIN = 0.25
+# Up to this many columns are held, a refit is exact, by a Gram matrix in double precision and its factors.
+GRAM_COLUMNS = 250
+# Up to this many, Newton steps have a Gram matrix in single precision. To form it for those that join costs as many
+# multiplications for each column held as they are; without it each of some hundred products reads all entries twice.
+# A processor multiplies about ten times as fast as it reads from memory: it pays until a thousand or two join.
+NEWTON_GRAM_COLUMNS = 6000
 
 
 @dataclass(frozen=True)
@@ -59,15 +65,10 @@ class SupportFit:
 class Pace:
     """How a pursuit goes on.
 
-    join: how many atoms join at a time, as a share of the budget; fewer: how many times fewer are tried after a merge
-    that did not help; tol: the improvement below which it is not worth going on, unless the user says.
-
-    Where refits are by Gram matrix they cost less than a pass, so CoSaMP's two budgets join and every gain is taken.
-    Without one a refit costs more than a pass: a quarter of the budget at a time reaches the same objective in half the
-    time.
+    fewer: how many times fewer atoms join after a merge that did not help; tol: the improvement below which it is not
+    worth going on, unless the user says. Where refits cost little, both are finer.
     """
 
-    join: float
     fewer: int
     tol: float
 
@@ -76,7 +77,7 @@ class PursuitProblem:
     """min ½‖A w − b‖² + ½ λ‖w‖² over w ≥ 0, with b scaled to unit length (scaling b scales w, nothing else).
 
     λ = `alpha` times the mean squared norm of the atoms. y is [D], or [D, q] for q targets that share a support.
-    room: how many atoms will be chosen; up to three times as many columns are held at a time.
+    room: how many atoms will be chosen; half as many again are held at a time, or more where many are copies.
     """
 
     def __init__(self, matrix: GradientMatrix, y: Any, alpha: float, room: int) -> None:
@@ -87,14 +88,16 @@ class PursuitProblem:
         self.targets, self.target_norms = _unit_targets(y, matrix.shape[0])
         # Of the objective: with several targets it is relative to each.
         self.unit = float(self.target_norms[0] ** 2) if len(self.target_norms) == 1 else 1.0
-        self.held = HeldColumns(matrix, self.targets, self.norms, 3 * room)
+        self.held = HeldColumns(matrix, self.targets, self.norms, room + room // 2)
         self._passes = 1  # for the norms
         self.gram = GramRefit(self.held, self.targets)
         self.refit: Refit = self.gram
-        self.pace = Pace(join=2.0, fewer=2, tol=1e-6)
-        if 3 * room > GRAM_COLUMNS:
-            self.refit = NewtonRefit(self.held, self.targets, self.norms)
-            self.pace = Pace(join=0.25, fewer=8, tol=1e-3)
+        self.pace = Pace(fewer=4, tol=1e-4)
+        columns = (1 + JOIN) * room
+        if columns > GRAM_COLUMNS:
+            exact = self.gram if columns <= NEWTON_GRAM_COLUMNS else None
+            self.refit = NewtonRefit(self.held, self.targets, self.norms, exact)
+            self.pace = Pace(fewer=8, tol=1e-3)
 
     def pool(self, max_coherence: float | None) -> CandidatePool:
         """All atoms, to draw candidates from."""
@@ -115,13 +118,13 @@ class PursuitProblem:
         self._passes += 1
         return scores_of(self.matrix.correlate(self._residuals(fit)))
 
-    def ranking(self, fit: SupportFit, excluded: IntArray) -> Ranking:
-        """The atoms by falling :meth:`scores`, without `excluded` [m] and those that do not count; one pass."""
+    def ranking(self, fit: SupportFit) -> Ranking:
+        """The atoms by falling :meth:`scores`, without those that do not count; one pass."""
         least = _LEAST_COSINE * fit.relative_residual
         if not isinstance(self.matrix, RankedMatrix):
-            return RankedScores(self.scores(fit), self.norms, least, excluded)
+            return RankedScores(self.scores(fit), self.norms, least)
         self._passes += 1
-        return self.matrix.ranking(self._residuals(fit), least, excluded)
+        return self.matrix.ranking(self._residuals(fit), least)
 
     def _residuals(self, fit: SupportFit) -> Float64Array:
         """[D] of one target, [D, q] of several."""
@@ -142,13 +145,12 @@ class PursuitProblem:
         ordered by contribution, then by id.
         """
         x, r, kkt = self.refit.solve(ids, start, self.ridge, tol)
-        while True:
-            ranked = self.ranked(ids, x)
-            kept = ranked[:count]
-            ids, x = ids[kept], x[kept]
-            if len(kept) == len(ranked):  # what else was left out is nothing but rounding
-                return self.evaluated(ids, x, r, kkt)
+        ranked = self.ranked(ids, x)
+        if count is not None and len(ranked) > count:
+            ids, x = ids[ranked[:count]], x[ranked[:count]]
             x, r, kkt = self.refit.solve(ids, x, self.ridge, tol)
+            ranked = self.ranked(ids, x)
+        return self.evaluated(ids[ranked], x[ranked], r, kkt)  # what is left out is nothing but rounding
 
     def evaluated(self, ids: IntArray, x: Float64Array, r: Float64Array, kkt: float) -> SupportFit:
         """A fit of given weights and residuals, with its objective."""

@@ -9,49 +9,72 @@ import numpy as np
 from gradpursuit.pursuit.matrix import GradientMatrix
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
 
+Place = tuple[float, int]  # score and id of an atom: where a ranking goes on
 
-class Ranking(Protocol):
-    """Atoms by falling score, equal ones by id."""
+
+class Ranked(Protocol):
+    """Atoms by falling score, equal ones by id, from the first on."""
 
     def next(self, count: int) -> tuple[IntArray, Float64Array]:
         """The next atoms, at most `count`: ids and scores [m]; fewer when there are no more."""
+
+
+class Ranking(Protocol):
+    """What one pass found."""
+
+    def without(self, excluded: IntArray) -> Ranked:
+        """All atoms that count but `excluded` [m]; it may be asked several times."""
 
 
 @runtime_checkable
 class RankedMatrix(GradientMatrix, Protocol):
     """A matrix that ranks its atoms where they lie, so that scores of all N of them need not be brought together."""
 
-    def ranking(self, r: FloatArray, least: float, excluded: IntArray) -> Ranking:
-        """The ranking for the residuals r [D] or [D, q], without the atoms `excluded` [m].
+    def ranking(self, r: FloatArray, least: float) -> Ranking:
+        """The ranking for the residuals r [D] or [D, q].
 
-        Atoms whose score is not above `least` times their norm are left out, as are those of norm zero.
+        Atoms whose score is not above `least` times their norm do not count, nor do those of norm zero.
         """
 
 
 class RankedScores:
     """The ranking of scores at hand.
 
-    scores, norms: float64 [N]. least, excluded: as in :meth:`RankedMatrix.ranking`.
+    scores, norms: float64 [N]. least: as in :meth:`RankedMatrix.ranking`.
     """
 
-    def __init__(self, scores: Float64Array, norms: Float64Array, least: float, excluded: IntArray) -> None:
-        eligible = (norms > 0) & (scores > least * norms)
-        eligible[excluded] = False
-        ids = np.flatnonzero(eligible)
-        self._ids: IntArray = ids[np.argsort(-scores[ids], kind="stable")]
-        self._scores = scores[self._ids]
-        self._given = 0
+    def __init__(self, scores: Float64Array, norms: Float64Array, least: float) -> None:
+        self._scores, self._counts = scores, (norms > 0) & (scores > least * norms)
+
+    def without(self, excluded: IntArray, after: Place | None = None) -> RankedAtoms:
+        """As :meth:`Ranking.without`; after: only those that come after it."""
+        counts = self._counts.copy()
+        counts[excluded] = False
+        ids = np.flatnonzero(counts)
+        return RankedAtoms(ids, self._scores[ids], after)
+
+
+class RankedAtoms:
+    """Atoms `ids` [m], ascending, by their `scores` [m]; what is not asked for is not sorted."""
+
+    def __init__(self, ids: IntArray, scores: Float64Array, after: Place | None = None) -> None:
+        self._ids, self._scores, self._after = ids, scores, after
 
     def next(self, count: int) -> tuple[IntArray, Float64Array]:
-        """As :meth:`Ranking.next`."""
-        part = slice(self._given, self._given + count)
-        self._given += count
-        return self._ids[part], self._scores[part]
-
-    def after(self, score: float, id_: int) -> None:
-        """Go on with the first atom that comes after one of this score and id."""
-        first, last = np.searchsorted(-self._scores, -score, "left"), np.searchsorted(-self._scores, -score, "right")
-        self._given = int(first + np.searchsorted(self._ids[first:last], id_, "right"))
+        """As :meth:`Ranked.next`."""
+        ids, scores = self._ids, self._scores
+        if self._after is not None:
+            score, last = self._after
+            left = (scores < score) | ((scores == score) & (ids > last))
+            ids, scores = ids[left], scores[left]
+        if len(ids) > count:
+            least = np.partition(scores, len(ids) - count)[len(ids) - count]
+            ids, scores = ids[scores >= least], scores[scores >= least]
+        order = np.argsort(-scores, kind="stable")[:count]
+        ids, scores = ids[order], scores[order]
+        if len(ids):
+            self._after = float(scores[-1]), int(ids[-1])
+        return ids, scores
 
 
 def scores_of(products: Float64Array) -> Float64Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from gradpursuit.pursuit.matrix import Float64Array, FloatArray, IntArray
 from gradpursuit.pursuit.newton import Columns, Tolerance, nnls_columns
 from gradpursuit.pursuit.nnls import kkt_violation, nnls
 
+logger = logging.getLogger("gradpursuit")
+
 EXACT = 1e-10  # the violation that a Gram matrix in float64 can reach
+_OPTIMAL = 1e-5  # a larger violation is not called optimal
 _DIRECTIONS = 64  # of the preconditioner
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
 
@@ -28,22 +32,49 @@ class Refit(Protocol):
         """
 
 
-class GramRefit:
-    """By the Gram matrix of all held columns, in float64, of which only new products are ever computed.
+class HeldGram:
+    """The products of all held columns with one another, of which only new ones are ever computed.
 
-    The exact and, up to some hundred columns, the fastest way: time grows with their square.
+    dtype: float64, or float32 where that is enough: half the time, half the memory.
+    """
+
+    def __init__(self, held: HeldColumns, dtype: type[np.floating[Any]]) -> None:
+        self._held, self._dtype, self._serials = held, dtype, _NO_IDS
+        self._gram: FloatArray = np.empty((0, 0), dtype)
+
+    def all(self) -> FloatArray:
+        """By slot [m, m]; those of free slots mean nothing."""
+        count = len(self._held.ids)
+        if count < len(self._serials):  # everything was released since
+            self._serials, self._gram = _NO_IDS, np.empty((0, 0), self._dtype)
+        if count > len(self._gram):
+            used, room = len(self._serials), max(count, min(2 * len(self._gram), count + 1024))
+            larger = np.zeros((room, room), self._dtype)
+            larger[:used, :used] = self._gram[:used, :used]
+            self._gram = larger
+        new = _changed(self._serials, self._held.serials)
+        self._serials = self._held.serials.copy()
+        if new.size:
+            products = _products(self._held.entries(new), self._held.entries(slice(count)), self._dtype)
+            self._gram[new, :count] = products
+            self._gram[:count, new] = products.T
+        return self._gram[:count, :count]
+
+
+class GramRefit:
+    """By the Gram matrix of all held columns in float64.
+
+    The exact and, up to some hundred columns, the fastest way: time grows with the cube of their number.
     """
 
     def __init__(self, held: HeldColumns, targets: Float64Array) -> None:
-        self._held, self._targets = held, targets
-        self._serials = _NO_IDS
-        self._gram = np.empty((0, 0))
+        self._held, self._targets, self._gram = held, targets, HeldGram(held, np.float64)
 
     def gram(self, ids: IntArray, others: IntArray | None = None) -> Float64Array:
         """Products of the held columns `ids` [m] with `others` (default: themselves): float64 [m, n]."""
-        self._follow()
         slots = self._held.slots(ids)
-        return self._gram[np.ix_(slots, slots if others is None else self._held.slots(others))]
+        places = np.ix_(slots, slots if others is None else self._held.slots(others))
+        return self._gram.all()[places].astype(np.float64, copy=False)
 
     def solve(
         self, ids: IntArray, start: Float64Array, ridge: float, tol: Tolerance
@@ -66,33 +97,20 @@ class GramRefit:
             r -= self._held.entries(slots[piece]).T.astype(np.float64, copy=False) @ x[piece]
         return r
 
-    def _follow(self) -> None:
-        """Let go of the products of columns that are held no more, and form those of new ones."""
-        serials = self._held.serials
-        known = np.flatnonzero(np.isin(self._serials, serials))
-        if len(known) < len(self._serials):
-            self._gram = self._gram[np.ix_(known, known)]
-        before, total = len(known), len(serials)
-        self._serials = serials
-        if total == before:
-            return
-        if total > len(self._gram):
-            larger = np.empty((max(total, min(2 * before, total + 1024)),) * 2)
-            larger[:before, :before] = self._gram[:before, :before]
-            self._gram = larger
-        new = slice(before, total)
-        self._gram[new, :total] = _products(self._held.entries(new), self._held.entries(slice(total)))
-        self._gram[:before, new] = self._gram[new, :before].T
-
 
 class NewtonRefit:
-    """By projected Newton steps on the columns themselves: time grows with their number, no memory beyond them."""
+    """By projected Newton steps.
 
-    def __init__(self, held: HeldColumns, targets: Float64Array, norms: Float64Array) -> None:
-        self._held, self._targets, self._norms = held, targets, norms
+    exact: where columns are few enough for a Gram matrix. Then products with the Hessian come from one in float32, and
+    `exact` finds the weights that the steps do not. Else products come from the columns.
+    """
+
+    def __init__(self, held: HeldColumns, targets: Float64Array, norms: Float64Array, exact: GramRefit | None) -> None:
+        self._held, self._targets, self._norms, self._exact = held, targets, norms, exact
+        self._gram = HeldGram(held, np.float32) if exact else None
         self._serials = _NO_IDS
         self._basis: FloatArray | None = None
-        self._shadows: FloatArray = np.empty((0, 0))
+        self._shadows: FloatArray = np.empty((0, 1))
 
     def solve(
         self, ids: IntArray, start: Float64Array, ridge: float, tol: Tolerance
@@ -100,24 +118,41 @@ class NewtonRefit:
         """As in :class:`Refit`."""
         self._follow()
         lengths, slots = np.sqrt(self._norms[ids] ** 2 + ridge), self._held.slots(ids)
-        columns = Columns(self._held.rows(), slots, ridge, lengths, self._shadows[slots])
+        gram = self._gram.all() if self._gram else None
+        columns = Columns(self._held.rows(), slots, ridge, lengths, self._shadows[slots], gram)
         solved = [
             nnls_columns(columns, b, q, x, tol)
             for b, q, x in zip(self._targets.T, self._held.atb(ids).T, start.T, strict=True)
         ]
-        x = np.stack([result.x for result, _ in solved], axis=1)
-        return x, np.stack([r for _, r in solved], axis=1), max(result.kkt for result, _ in solved)
+        x, kkt = np.stack([result.x for result, _ in solved], axis=1), max(result.kkt for result, _ in solved)
+        if kkt <= _OPTIMAL or tol.gain:
+            return x, np.stack([r for _, r in solved], axis=1), kkt
+        if self._exact is None:
+            logger.warning("the weights of %d atoms violate their optimality conditions by %.1e", len(ids), kkt)
+            return x, np.stack([r for _, r in solved], axis=1), kkt
+        logger.info("Newton steps leave a KKT violation of %.1e on %d atoms: solved by pivoting", kkt, len(ids))
+        return self._exact.solve(ids, x, ridge, tol)
 
     def _follow(self) -> None:
         """The shadows of the columns that are held now; the basis is that of the first ones."""
         serials = self._held.serials
-        known = np.flatnonzero(np.isin(self._serials, serials))
-        new = self._held.entries(slice(len(known), len(serials)))
-        self._serials = serials
+        new = _changed(self._serials, serials)
+        self._serials = serials.copy()
+        if not new.size:
+            return
+        rows = self._held.entries(new)
         if self._basis is None:
-            self._basis = _strongest_directions(new)
-        kept = self._shadows[known] if len(known) else np.empty((0, self._basis.shape[1]), dtype=self._basis.dtype)
-        self._shadows = np.concatenate([kept, new @ self._basis])
+            self._basis = _strongest_directions(rows)
+        known, self._shadows = self._shadows, np.empty((len(serials), self._basis.shape[1]), self._basis.dtype)
+        self._shadows[: len(known)] = known[: len(serials)]
+        self._shadows[new] = rows @ self._basis
+
+
+def _changed(known: IntArray, serials: IntArray) -> IntArray:
+    """The slots that hold another load of a column than when their serials were `known`."""
+    changed = np.ones(len(serials), dtype=bool)
+    changed[: len(known)] = serials[: len(known)] != known[: len(serials)]
+    return np.flatnonzero(changed)
 
 
 def _strongest_directions(rows: FloatArray) -> FloatArray:
@@ -133,10 +168,11 @@ def _strongest_directions(rows: FloatArray) -> FloatArray:
     return basis
 
 
-def _products(rows: FloatArray, others: FloatArray) -> Float64Array:
-    """rows [m, D] times others [n, D]^T in float64, widening a bounded number of entries at a time."""
-    total = np.zeros((len(rows), len(others)))
+def _products(rows: FloatArray, others: FloatArray, dtype: type[np.floating[Any]]) -> FloatArray:
+    """rows [m, D] times others [n, D]^T in `dtype`, converting a bounded number of entries at a time."""
+    if rows.dtype == others.dtype == dtype:
+        return rows @ others.T
+    total = np.zeros((len(rows), len(others)), dtype)
     for piece in pieces(rows.shape[1], 8 * (len(rows) + len(others))):
-        left = rows[:, piece].astype(np.float64, copy=False)
-        total += left @ others[:, piece].astype(np.float64, copy=False).T
+        total += rows[:, piece].astype(dtype, copy=False) @ others[:, piece].astype(dtype, copy=False).T
     return total

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from gradpursuit.config import RunConfig, apply_overrides, build_config
+from gradpursuit.config import RunConfig, build_config
 from gradpursuit.pipeline import check
 from gradpursuit.quickstart.assets import MODEL, cache_folder, smollm2
 from gradpursuit.quickstart.build import build
+from gradpursuit.tree import apply_overrides
 
 
 def quickstart_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,4 +60,5 @@ selection:
 evaluation:
   seeds: 2
   epochs: 5
+  endpoints: [base]
 """

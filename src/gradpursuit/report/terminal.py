@@ -1,33 +1,93 @@
-"""The comparison as it is printed at the end of a run."""
+"""What a command prints when it is done: tables for people, JSON for machines, and only data into a pipe."""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console, RenderableType
 from rich.table import Table
-
-from gradpursuit.evaluation.table import Line
+from rich.text import Text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from gradpursuit.evaluation.findings import Line
     from gradpursuit.verify import StoreCheck
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a command has made.
+
+    Attributes:
+        folder: where.
+        files: what was written there.
+        following: the command to type next.
+        data: what else machines may want to know.
+        tables: what people want to see before that.
+    """
+
+    folder: Path
+    files: Sequence[Path]
+    following: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    tables: Sequence[RenderableType] = ()
+
+    def print(self, *, as_json: bool, quiet: bool) -> None:
+        """A summary for people; with `as_json` JSON on stdout instead, and into a pipe the folder, on stdout."""
+        if as_json:
+            paths = [str(path) for path in self.files]
+            value = {"folder": str(self.folder), "files": paths, "next": self.following, **self.data}
+            print(json.dumps(value, indent=2, ensure_ascii=False))
+            return
+        piped = not sys.stdout.isatty()
+        if not quiet:
+            console = Console(stderr=piped, highlight=False)
+            for part in self.summary():
+                console.print(part, soft_wrap=isinstance(part, Text))
+        if piped:
+            print(self.folder)
+
+    def summary(self) -> list[RenderableType]:
+        """The tables, the paths of what was written, and what to type next: lines that are never broken."""
+        words = [("" if number else "written", str(path), "") for number, path in enumerate(self.files)]
+        words.append(("next", self.following, "bold"))
+        return [*self.tables, *(Text.assemble((f"{word:<9}", "dim"), (text, style)) for word, text, style in words)]
+
+
 def comparison_table(lines: Sequence[Line]) -> Table:
-    """Held-out loss before and after fine-tuning, per strategy and seed, and the copies among the chosen."""
+    """Held-out loss before and after fine-tuning, per strategy and seed, copies among the chosen, exact matches."""
     seeds = range(max(len(line.losses) for line in lines))
     table = Table(title="Held-out target loss (nats per supervised token; lower is better)")
-    table.add_column("strategy")
-    for name in ("examples", "copies", "before", *(f"after, seed {seed}" for seed in seeds), "mean after"):
+    places = [name for name in ("target", "protocol") if len({getattr(line, name) for line in lines}) > 1]
+    for name in (*places, "strategy"):
+        table.add_column(name)
+    for name in (
+        "examples",
+        "copies",
+        "before",
+        *(f"after, seed {seed}" for seed in seeds),
+        "mean after",
+        "exact match",
+    ):
         table.add_column(name, justify="right")
     for line in lines:
+        losses = [f"{loss:.3f}" for loss in line.losses]
         table.add_row(
+            *(getattr(line, name) for name in places),
             line.strategy,
             str(line.examples),
             f"{line.copies:g}",
-            f"{line.before:.3f}",
-            *(f"{loss:.3f}" for loss in line.losses),
+            "–" if isnan(line.before) else f"{line.before:.3f}",
+            *losses,
+            *[""] * (len(seeds) - len(losses)),
             f"{line.after:.3f}",
+            "" if line.exact_match is None else f"{line.exact_match:.2f}",
         )
     return table
 

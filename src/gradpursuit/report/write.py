@@ -1,73 +1,98 @@
-"""`report.json` and `report.html`: what was asked, what was chosen, how it did."""
+"""`report.html` and `report.json`: what was asked, what was chosen and why, and how it did."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment
-
-from gradpursuit.config import RunConfig
-from gradpursuit.data import Table
-from gradpursuit.evaluation.table import Line, to_json
 from gradpursuit.files import write_json, write_text
-from gradpursuit.selection import Selection
+from gradpursuit.report import sections
+from gradpursuit.report.absent import AbsentError, require
+from gradpursuit.report.findings import findings
+from gradpursuit.report.page import render
 
-TOP_ROWS = 10
-_TEXT = 400  # characters of a row shown in the page
+if TYPE_CHECKING:
+    from gradpursuit.pipeline import Run
 
-
-def write_report(
-    run_dir: Path,
-    config: RunConfig,
-    manifest: Mapping[str, Any],
-    lines: Sequence[Line],
-    selections: Mapping[str, Sequence[Selection]],
-    pool: Table,
-) -> None:
-    """Write both files into `run_dir`; the page is self-contained and asks nothing of any network."""
-    report: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "manifest": {key: value for key, value in manifest.items() if key != "format"},
-        "comparison": to_json(lines),
-        "selections": {name: _describe(draws[0], pool) for name, draws in selections.items()},
-    }
-    write_json(run_dir / "report.json", report)
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("gradpursuit.report").joinpath("report.html.jinja").read_text("utf-8"))
-    write_text(run_dir / "report.html", template.render(**report, curve=_curve(report["selections"])))
+FORMAT = 1
+Parts = dict[str, Callable[[], Any]]
 
 
-def _describe(selection: Selection, pool: Table) -> dict[str, Any]:
-    weights = selection.weights
+def write_report(run: Run, *, full: bool = False) -> list[Path]:
+    """Write both files into the run folder; the page is self-contained and asks nothing of any network.
+
+    What is not there yet is said, with the command that makes it.
+
+    Args:
+        run: at any stage after its data are clean.
+        full: also what takes long with a large pool or budget.
+
+    Returns:
+        The two paths.
+
+    Raises:
+        RunError: the data are not clean yet, or a file of the run is broken.
+    """
+    report = gather(run, full=full)
+    page, data = run.folder / "report.html", run.folder / "report.json"
+    write_text(page, render(report))
+    write_json(data, report)
+    return [page, data]
+
+
+def gather(run: Run, *, full: bool = False) -> dict[str, Any]:
+    """Everything that the report holds, as JSON values; in place of a missing part `{"missing": why, "command": …}`."""
+    run.require("data", "a report")
+    parts = {**_about_run(run), **_about_selection(run, full), **_about_comparison(run)}
+    report: dict[str, Any] = {"format": FORMAT, **{name: _given(part) for name, part in parts.items()}}
+    return {**report, "findings": findings(report)}
+
+
+def _given(part: Callable[[], Any]) -> Any:
+    try:
+        return part()
+    except AbsentError as absent:
+        return absent.to_json()
+
+
+def _about_run(run: Run) -> Parts:
     return {
-        "examples": len(selection.indices),
-        "effective_examples": float(weights.sum() ** 2 / (weights**2).sum()),
-        "sources": dict(Counter(pool[i].source for i in selection.indices.tolist())),
-        "evidence": selection.evidence,
-        "top": [
-            {
-                "rank": rank,
-                "id": pool[index].id,
-                "weight": float(weights[rank - 1]),
-                "layer": int(selection.layers[rank - 1]),
-                "text": pool[index].original[:_TEXT] + ("…" if len(pool[index].original) > _TEXT else ""),
-            }
-            for rank, index in enumerate(selection.indices.tolist()[:TOP_ROWS], 1)
-        ],
+        "asked": partial(sections.asked, run),
+        "cleaning": partial(sections.cleaning, run),
+        "timings": partial(sections.timings, run),
+        "provenance": partial(sections.provenance, run),
     }
 
 
-def _curve(selections: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For every pursuit, its relative residual over passes of layer 1 as points of a 600 × 220 drawing."""
-    curves = []
-    for name, selection in selections.items():
-        path = [r["relative_residual"] for r in selection["evidence"].get("path", []) if r["layer"] == 1]
-        if len(path) > 1:
-            points = [(40 + 540 * i / (len(path) - 1), 200 - 180 * value) for i, value in enumerate(path)]
-            text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            curves.append({"name": name, "points": text, "last": path[-1], "passes": len(path) - 1})
-    return curves
+def _about_comparison(run: Run) -> Parts:
+    from gradpursuit.report.comparison import comparison
+
+    return {"comparison": partial(comparison, run)}
+
+
+def _about_selection(run: Run, full: bool) -> Parts:
+    """The parts about the chosen rows; about the primary strategy: the first one that pursues, or the first."""
+    from gradpursuit.report.fitting import Fitting
+
+    plain = ("strategies", "mixes", "lengths", "weights")
+    by_gradient = ("fit", "budgets", "duplicates", "rows", "targets", "control")
+    try:
+        require(run, "selection")
+    except AbsentError as absent:
+        return dict.fromkeys((*plain, *by_gradient), absent.to_json)
+    pool, selections = run.table("pool"), run.selections()
+    primary = next((name for name, draws in selections.items() if "path" in draws[0].evidence), next(iter(selections)))
+    parts: Parts = {
+        "strategies": partial(sections.strategies, pool, selections),
+        "mixes": partial(sections.mixes, pool, selections),
+        "lengths": partial(sections.lengths, pool, selections),
+        "weights": lambda: {"strategy": primary, **sections.weights(selections[primary][0])},
+    }
+    try:
+        fitting = Fitting(run, pool, selections, primary, full=full)
+    except AbsentError as absent:
+        parts |= dict.fromkeys(by_gradient, absent.to_json)
+        return {**parts, "rows": partial(sections.chosen_rows, pool, selections[primary][0], primary)}
+    return {**parts, **{name: getattr(fitting, name) for name in by_gradient}}

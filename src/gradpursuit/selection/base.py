@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpursuit.config import GradientsSection, PursuitSection
-from gradpursuit.errors import ConfigError, nearest
+from gradpursuit.config import GradientsSection, MatchingSection, PursuitSection
+from gradpursuit.gradients.forward import Signal
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import TrajectoryMatrix
 from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
+from gradpursuit.selection.subspace import projected, subspace
+
+if TYPE_CHECKING:
+    from gradpursuit.data import Row
+    from gradpursuit.selection.registry import Strategy
+
+FeatureKind = Preconditioner | Signal
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,53 @@ class Selection:
         chosen = np.asarray(indices, dtype=np.int64)
         return cls(chosen, np.ones(len(chosen)), np.ones(len(chosen), dtype=np.int64), evidence or {})
 
+    @classmethod
+    def best(cls, scores: NDArray[np.float64], k: int) -> Selection:
+        """The `k` highest of `scores` [N]; equal scores in pool order."""
+        chosen = np.argsort(-scores, kind="stable")[:k]
+        return cls.ranked(chosen, {"scores": scores[chosen].tolist()})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What strategies go by: sections of the configuration, and the options of single strategies by name."""
+
+    gradients: GradientsSection = field(default_factory=GradientsSection)
+    pursuit: PursuitSection = field(default_factory=PursuitSection)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def strategy(self, name: str) -> Strategy:
+        """The strategy of that name, with its options.
+
+        Raises:
+            ConfigError: there is none, or its options are not usable.
+        """
+        from gradpursuit.selection.registry import strategy
+
+        return strategy(name, self.options)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The signals that a strategy reads; what no strategy needs is not computed.
+
+    Attributes:
+        features: kinds of features of the pool; the target's follow from them.
+        text: whether it reads rendered text.
+        target: what it asks of the target: its single "rows", only their "mean" (so that the pool can be its own
+            target), or "none".
+    """
+
+    features: tuple[FeatureKind, ...] = ()
+    text: bool = False
+    target: Literal["none", "mean", "rows"] = "rows"
+
+    def __str__(self) -> str:
+        gradients = ", ".join(kind.label for kind in self.features if isinstance(kind, Preconditioner))
+        named = [f"gradients ({gradients})"] if gradients else []
+        named += [kind.label for kind in self.features if isinstance(kind, Signal)]
+        return ", ".join([*named, *(["text"] if self.text else [])]) or "nothing"
+
 
 @dataclass(frozen=True)
 class SelectionProblem:
@@ -47,67 +101,98 @@ class SelectionProblem:
 
     Attributes:
         ids: of the N pool rows.
-        pool: features of the pool by preconditioner label.
-        target: features of the target by preconditioner label.
+        pool: features of the pool by label.
+        target: features of the target by label; those of the pool if it is its own target.
         groups: group of each of the M target rows, numbered from 0.
         rates: float64 [T], learning rate η_t of each checkpoint.
         gradients: which preconditioner the pursuit uses.
         pursuit: settings of the pursuit.
+        options: of single strategies, by name.
+        rows: the N pool rows: tokens, labels, source, original columns.
+        target_rows: the M target rows; none if the pool is its own target.
+        text: gives the text of a row as it was rendered; None if no strategy of the run needs it.
     """
 
     ids: Sequence[str]
-    pool: dict[str, TrajectoryFeatures]
-    target: dict[str, TrajectoryFeatures]
+    pool: Mapping[str, TrajectoryFeatures]
+    target: Mapping[str, TrajectoryFeatures]
     groups: NDArray[np.int64]
     rates: NDArray[np.float64]
     gradients: GradientsSection
     pursuit: PursuitSection
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    rows: Sequence[Row] = ()
+    target_rows: Sequence[Row] = ()
+    text: Callable[[Row], str] | None = None
+    _made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
-    def matching(self) -> tuple[TrajectoryMatrix, NDArray[np.float64]]:
-        """A [D, N] and b [D] of the pursuit (arXiv 2410.16710), by the configured features and normalisation."""
-        kind = Preconditioner(self.gradients.preconditioner)
+    @property
+    def settings(self) -> Settings:
+        """The settings as one object."""
+        return Settings(self.gradients, self.pursuit, self.options)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """What `make` gives, made at the first call with this key alone: several budgets and draws share it."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
+    def matching(
+        self, preconditioner: str | None = None, settings: MatchingSection | None = None, *, per_group: bool = False
+    ) -> tuple[TrajectoryMatrix, NDArray[np.float64]]:
+        """A [D, N] and b [D] of the pursuit (arXiv 2410.16710), or with `per_group` b [D, q].
+
+        Args:
+            preconditioner: label; None: that of the section `gradients`.
+            settings: None: the section `pursuit`.
+            per_group: one target for each group, instead of the mean of their means.
+        """
+        settings = settings or self.pursuit
+        kind = Preconditioner.labelled(preconditioner or self.gradients.preconditioner)  # type: ignore[arg-type]
+        pool, target = self._in_subspace(kind, settings)
+        measured = {"unit": pool, "unit-before": self.pool[kind.label], "none": None}[settings.normalize]
         return pursuit_problem(
-            self.pool[kind.label],
-            self.target[kind.for_target.label].group_mean(self.groups),
+            pool,
+            target.group_means(self.groups) if per_group else target.group_mean(self.groups),
             self.rates,
-            unit=self.pursuit.normalize == "unit",
-            balance=self.pursuit.balance,
+            norms=None if measured is None else measured.norms(),
+            balance=settings.balance,
         )
 
+    def _in_subspace(
+        self, kind: Preconditioner, settings: MatchingSection
+    ) -> tuple[TrajectoryFeatures, TrajectoryFeatures]:
+        pool, target = self.pool[kind.label], self.target[kind.for_target.label]
+        if settings.subspace == "none":
+            return pool, target
 
-class Strategy(Protocol):
-    """One way of choosing. A strategy is a class without arguments, in a module of its own."""
+        def project() -> tuple[TrajectoryFeatures, TrajectoryFeatures]:
+            bases = subspace(target if settings.subspace == "target" else pool, settings.rank)
+            return projected(pool, bases), projected(target, bases)
 
-    name: str
-    source: str
-    stochastic: bool
+        return self.once(("projected", kind, settings.subspace, settings.rank), project)
 
-    def needs(self, gradients: GradientsSection) -> list[Preconditioner]:
-        """The pool features it reads; the target's follow from them."""
+
+class Method(Protocol):
+    """One way of choosing.
+
+    It is a callable that takes its options by name, each with a default, and gives an object with the attributes below:
+    a :class:`~gradpursuit.config.Section` (its fields are the options), a data class, or any other class.
+
+    Attributes:
+        source: the paper it follows.
+        stochastic: whether its choice depends on the seed.
+    """
+
+    source: Any
+    stochastic: Any
+
+    def needs(self, settings: Settings) -> Needs:
+        """The signals it reads."""
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """Choose at most `k` of the pool; `seed` matters to stochastic strategies alone."""
-
-
-STRATEGIES = {
-    "gtp": "gradpursuit.selection.gtp:GTP",
-    "omp": "gradpursuit.selection.omp:OMP",
-    "less": "gradpursuit.selection.less:LESS",
-    "random": "gradpursuit.selection.random:Random",
-}
-
-
-def strategy(name: str) -> Strategy:
-    """The strategy of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in STRATEGIES:
-        raise ConfigError(f"unknown strategy '{name}'; {nearest(name, STRATEGIES)}")
-    module, _, attribute = STRATEGIES[name].partition(":")
-    made: Strategy = getattr(importlib.import_module(module), attribute)()
-    return made
 
 
 def derive_seed(seed: int, use: str) -> int:

@@ -4,68 +4,92 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
 
-from gradpursuit.config import GradientsSection
+from gradpursuit.config import PursuitSection
 from gradpursuit.errors import SelectionError
-from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.gradients.preconditioner import Preconditioner, PreconditionerLabel
 from gradpursuit.pursuit import GradientTrajectoryPursuit
-from gradpursuit.selection.base import Selection, SelectionProblem
+from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
+from gradpursuit.selection.scores import settings_of
 
-_SETTINGS = ("alpha", "max_iter", "tol", "saturation", "max_coherence")
+_OF_SOLVER = {"alpha", "max_iter", "tol", "saturation", "max_coherence", "targets"}
 _PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
 
 
-class GTP:
-    """Examples whose weighted gradients reproduce the target's along the trajectory (arXiv 2410.16710)."""
+class GTP(PursuitSection):
+    """Examples whose weighted gradients reproduce the target's along the trajectory (arXiv 2410.16710).
 
-    name = "gtp"
-    source = "Deng, Li, Li, arXiv 2410.16710"
-    stochastic = False
+    Settings that are not given here are those of section `pursuit`.
+    """
 
-    def needs(self, gradients: GradientsSection) -> list[Preconditioner]:
-        """The configured preconditioner."""
-        return [Preconditioner(gradients.preconditioner)]
+    source: ClassVar[str] = "Deng, Li, Li, arXiv 2410.16710"
+    stochastic: ClassVar[bool] = False
+
+    preconditioner: PreconditionerLabel | None = Field(None, description="null: that of section gradients")
+
+    def needs(self, settings: Settings) -> Needs:
+        """Gradients."""
+        return Needs((preconditioner_of(self.preconditioner, settings),), target="mean")
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
-        """Pursue the target's mean trajectory; fewer than `k` only with `saturation="stop"` or an exhausted pool.
+        """Pursue the target's trajectory; fewer than `k` only with `saturation="stop"` or an exhausted pool.
 
         Raises:
             SelectionError: no pool example correlates with the target.
         """
-        matrix, target = problem.matching()
-        settings = problem.pursuit.model_dump(include=set(_SETTINGS))
-        if problem.pursuit.parts > 1:
-            return _of_winners(problem, matrix, target, k, settings)
-        solver = GradientTrajectoryPursuit(k, **settings).fit(matrix, target)
-        evidence = pursuit_evidence(solver, matrix)
-        evidence["copies"] = {problem.ids[copy]: problem.ids[of] for copy, of in solver.copies_.items()}
-        return from_solver(solver, evidence)
+        settings = settings_of(self, problem.pursuit)
+        assert isinstance(settings, PursuitSection)
+        several = settings.targets != "mean"
+        matrix, target = problem.matching(self.preconditioner, settings, per_group=several)
+        given = settings.model_dump(include=_OF_SOLVER)
+        if settings.parts > 1:
+            solver, ids, evidence = _two_level(matrix, target, k, settings.parts, given)
+        else:
+            solver = GradientTrajectoryPursuit(k, **given).fit(matrix, target)
+            ids, evidence = np.arange(matrix.shape[1]), {}
+        evidence |= pursuit_evidence(solver) | traffic_of(matrix)
+        evidence["copies"] = {problem.ids[ids[copy]]: problem.ids[ids[of]] for copy, of in solver.copies_.items()}
+        if several:
+            evidence["group_residuals"] = solver.group_residuals_.tolist()
+        found = from_solver(solver, evidence)
+        return replace(found, indices=ids[found.indices])
 
 
-def _of_winners(problem: SelectionProblem, matrix: Any, target: Any, k: int, settings: dict[str, Any]) -> Selection:
-    """Two-level pursuit: of what each part of the pool chooses by itself, twice its share of the budget each."""
-    parts = problem.pursuit.parts
+def _two_level(
+    matrix: Any, target: Any, k: int, parts: int, settings: dict[str, Any]
+) -> tuple[GradientTrajectoryPursuit, NDArray[np.int64], dict[str, Any]]:
+    """The pursuit of what each part of the pool chooses by itself, twice its share of the budget each.
+
+    Returns it with the ids of its columns, and what is to be told of the parts.
+    """
+    if not hasattr(matrix, "winners"):
+        raise SelectionError(
+            f"pursuit.parts = {parts}: parts of the pool are pursued where they lie, on workers; say --engine ray, "
+            "without pursuit.subspace, or leave parts out"
+        )
     share = min(k, 2 * math.ceil(k / parts))
-    ids = matrix.winners(target, share, parts, settings)
+    ids: NDArray[np.int64] = matrix.winners(target, share, parts, settings)
+    require_support(ids)
     squares = matrix.squared_norms()
     alpha = settings["alpha"] * float(squares.mean() / squares[ids].mean())
     solver = GradientTrajectoryPursuit(min(k, len(ids)), **{**settings, "alpha": alpha})
     solver.fit(matrix.columns(ids), target)
-    evidence = pursuit_evidence(solver, matrix)
-    evidence["copies"] = {problem.ids[ids[copy]]: problem.ids[ids[of]] for copy, of in solver.copies_.items()}
-    evidence["two_level"] = {"parts": parts, "winners": len(ids), "share": share}
-    chosen = from_solver(solver, evidence)
-    return replace(chosen, indices=ids[chosen.indices])
+    return solver, ids, {"two_level": {"parts": parts, "winners": len(ids), "share": share}}
 
 
-def pursuit_evidence(solver: Any, matrix: Any) -> dict[str, Any]:
-    """Passes, stop reasons, optimality and path of a fitted pursuit, as JSON values; on a cluster also the traffic."""
-    spread = hasattr(matrix, "traffic")
+def preconditioner_of(label: PreconditionerLabel | None, settings: Settings) -> Preconditioner:
+    """The preconditioner of that label; None: the configured one."""
+    return Preconditioner.labelled(label or settings.gradients.preconditioner)
+
+
+def pursuit_evidence(solver: Any) -> dict[str, Any]:
+    """Passes, stop reasons, optimality and path of a fitted pursuit, as JSON values."""
     return {
-        **({"traffic": {"workers": matrix.workers, **matrix.traffic.describe()}} if spread else {}),
         "passes": int(solver.n_iter_),
         "stop_reason": list(solver.stop_reason_),
         "kkt": float(solver.kkt_),
@@ -74,16 +98,32 @@ def pursuit_evidence(solver: Any, matrix: Any) -> dict[str, Any]:
     }
 
 
+def traffic_of(matrix: Any) -> dict[str, Any]:
+    """What moved between driver and workers, if the matrix lies on workers, as evidence."""
+    if not hasattr(matrix, "traffic"):
+        return {}
+    return {"traffic": {"workers": matrix.workers, **matrix.traffic.describe()}}
+
+
 def from_solver(solver: Any, evidence: dict[str, Any]) -> Selection:
     """The support of a fitted pursuit, with weights of mean 1.
 
     Raises:
         SelectionError: the support is empty.
     """
-    if not len(solver.support_):
+    require_support(solver.support_)
+    weights = solver.coef_[solver.support_]
+    return Selection(np.asarray(solver.support_), weights / weights.mean(), np.asarray(solver.layers_), evidence)
+
+
+def require_support(support: Any) -> None:
+    """Refuse the outcome of a pursuit that found nobody.
+
+    Raises:
+        SelectionError: the support is empty.
+    """
+    if not len(support):
         raise SelectionError(
             "no pool example's gradient points where the target's does (no positive correlation); "
             "the pool cannot help this target at these checkpoints"
         )
-    weights = solver.coef_[solver.support_]
-    return Selection(np.asarray(solver.support_), weights / weights.mean(), np.asarray(solver.layers_), evidence)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 
-from gradpursuit.config import GradientsSection
-from gradpursuit.gradients.preconditioner import Preconditioner
-from gradpursuit.selection.base import Selection, SelectionProblem
+from gradpursuit.config import Section
+from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
 
 
-class Random:
+class Random(Section):
     """Uniform, without replacement; a new draw for every evaluation seed."""
 
-    name = "random"
-    source = "uniform sampling"
-    stochastic = True
+    source: ClassVar[str] = "uniform sampling"
+    stochastic: ClassVar[bool] = True
 
-    def needs(self, gradients: GradientsSection) -> list[Preconditioner]:
+    def needs(self, settings: Settings) -> Needs:
         """Nothing."""
-        return []
+        return Needs(target="none")
 
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """`k` pool rows in random order."""

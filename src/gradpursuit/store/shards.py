@@ -28,6 +28,7 @@ from safetensors.numpy import save
 
 from gradpursuit.errors import StoreError
 from gradpursuit.files import stored_bytes, write_atomic
+from gradpursuit.remote import RemoteBytes, RemoteRows
 from gradpursuit.store.encoding import DTYPES, Block
 from gradpursuit.store.spec import differences
 
@@ -133,13 +134,13 @@ def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, 
 
 
 def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), *, verify: bool) -> Shard:
-    """Memory-map a shard; one that does not lie on a disk is read into memory.
+    """Memory-map a shard; of one that does not lie on a disk features are fetched when they are used.
 
     Args:
         path: the file.
         fingerprint: what its header must carry.
         parts: what the fingerprint stands for, to say how a foreign shard differs.
-        verify: read all bytes and compare their sha256 with the header's.
+        verify: read all bytes, into memory where they do not lie on a disk, and compare their sha256 with the header's.
 
     Raises:
         ShardError: the file is missing, truncated, corrupt, or belongs to a store made with other settings.
@@ -147,14 +148,11 @@ def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingP
     """
     with _readable(path):
         file = _Opened(path)
-        payload = file.payload()
-        if verify and file.header["__metadata__"]["sha256"] != _digest(file.header, payload.data):
-            raise ShardError(path, "its bytes do not match their checksum")
-        names = [name for name in file.header if name != "__metadata__"]
-        arrays = {name: _view(payload, name, file.header[name]) for name in names}
-        scale = np.array(arrays["scale"]) if "scale" in arrays else None
-        columns = {name: np.array(arrays[name]) for name in COLUMNS}
-        shard = Shard(arrays["features"], **columns, dropped=file.dropped(), scale=scale)
+        if verify:
+            file.load()
+        scale = file.array("scale") if "scale" in file.header else None
+        columns = {name: file.array(name) for name in COLUMNS}
+        shard = Shard(file.features(), **columns, dropped=file.dropped(), scale=scale)
         file.require(fingerprint, parts)
         return shard
 
@@ -198,18 +196,31 @@ class _Opened:
         self._start = 8 + length
         _refuse_other_length(self.header, len(self._bytes) - self._start)
 
-    def payload(self) -> NDArray[np.uint8]:
-        """All bytes after the header."""
-        return self._bytes[self._start :]
+    def load(self) -> None:
+        """Read all bytes, which from now on are in memory or memory-mapped, and compare their sha256."""
+        self._bytes = self._bytes[:]
+        if self.header["__metadata__"]["sha256"] != _digest(self.header, self._bytes[self._start :].data):
+            raise ShardError(self._path, "its bytes do not match their checksum")
 
     def array(self, name: str) -> NDArray[Any]:
         """One array, copied."""
-        entry = self.header[name]
-        start, stop = entry["data_offsets"]
-        if start < 0:
+        start, stop = self._place(name)
+        return np.array(_view(self._bytes[start:stop], name, self.header[name]))
+
+    def features(self) -> NDArray[Any]:
+        """The features, where they lie."""
+        start, stop = self._place("features")
+        if not isinstance(self._bytes, RemoteBytes):
+            return _view(self._bytes[start:stop], "features", self.header["features"])
+        dtype, shape = _type_of("features", self.header["features"])
+        return RemoteRows(self._bytes, start, dtype, (shape[0], shape[1]))  # type: ignore[return-value]
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """First and last byte of an array in the file."""
+        start, stop = self.header[name]["data_offsets"]
+        if not 0 <= start <= stop:
             raise ValueError(f"{name} cannot lie at {start}:{stop}")
-        part = self._bytes[self._start + start : self._start + stop]
-        return np.array(_view(part, name, {**entry, "data_offsets": [0, stop - start]}))
+        return self._start + start, self._start + stop
 
     def dropped(self) -> dict[int, str]:
         """Rows that were dropped, index to reason."""
@@ -234,14 +245,20 @@ def _refuse_other_length(header: dict[str, Any], length: int) -> None:
         raise ValueError(f"{length:,} bytes follow the header, which says {wanted:,}")
 
 
-def _view(payload: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+def _view(part: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    dtype, shape = _type_of(name, entry)
+    return part.view(dtype).reshape(shape)
+
+
+def _type_of(name: str, entry: dict[str, Any]) -> tuple[np.dtype[Any], list[int]]:
+    """Type and shape of an array, if its place in the file has their size."""
     expected = {**COLUMNS, "scale": "F32"}.get(name)
     if entry["dtype"] != expected and not (name == "features" and entry["dtype"] in TAGS):
         raise ValueError(f"{name} is {entry['dtype']}, expected {expected or ' or '.join(TAGS)}")
     dtype, shape, (start, stop) = _NUMPY[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
+    if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {shape} cannot lie at {start}:{stop}")
-    return payload[start:stop].view(dtype).reshape(shape)
+    return dtype, shape
 
 
 def _digest(header: Mapping[str, Any], payload: memoryview) -> str:

@@ -167,10 +167,6 @@ class GradientStore:
         """
         return np.concatenate([shard.row for shard in self._columns()[0]])
 
-    def ids(self) -> tuple[str, ...]:
-        """The ids of the kept rows. Raises as :meth:`kept`."""
-        return tuple(self.spec.ids[i] for i in self.kept().tolist())
-
     def features(self, *, verify: bool = True) -> list[list[Block]]:
         """Memory-mapped features of the kept rows: for each checkpoint blocks [n_s, d] with their scale, in row order.
 

@@ -13,9 +13,9 @@ from transformers.trainer_callback import ExportableState
 from gradpursuit.errors import ConfigError, TrajectoryError
 from gradpursuit.files import require_space
 from gradpursuit.trajectory.checkpoint import write_checkpoint
+from gradpursuit.trajectory.followed import followed_layers
 from gradpursuit.trajectory.model import trainable
 from gradpursuit.trajectory.optimizer import live_state, refuse_foreign_optimizer
-from gradpursuit.trajectory.tuning import refuse_unfollowed
 
 logger = logging.getLogger("gradpursuit")
 
@@ -61,7 +61,7 @@ class GradientTrajectoryCallback(TrainerCallback, ExportableState):
                 "GradientTrajectoryCallback: the optimizer's moments are sharded (FSDP or DeepSpeed); of an FSDP run, "
                 "give the Trainer's own checkpoint folders to warmup.trajectory instead"
             )
-        refuse_unfollowed(model)
+        followed_layers(model)  # refuses what cannot be followed
         if state.max_steps < self._count:
             raise ConfigError(
                 f"GradientTrajectoryCallback: checkpoints = {self._count}, but the run has only {state.max_steps} "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,12 +17,13 @@ from gradpursuit.errors import ModelError
 from gradpursuit.trajectory.model import Compute
 
 
-def collate(rows: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
+def collate(rows: Sequence[Any], pad_id: int, width: int = 0) -> dict[str, Tensor]:
     """Right-pad rows with `input_ids` and `labels` to `input_ids`, `attention_mask`, `labels`, each [B, L] int64.
 
-    Causal attention never looks to the right, so padding there changes no supervised token's result.
+    Causal attention never looks to the right, so padding there changes no supervised token's result. L is that of the
+    longest row, and `width` at least.
     """
-    width = max(len(row.input_ids) for row in rows)
+    width = max(width, *(len(row.input_ids) for row in rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -46,6 +49,34 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of the n supervised tokens of a batch of B rows.
+
+    Attributes:
+        logits: [n, V] float32.
+        targets: [n], the tokens that were to be predicted.
+        row: [n], the row of the batch that each belongs to.
+        tokens: [B], supervised tokens of each row.
+        hidden: [B, L, H], what reaches the output layer at all positions.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    row: Tensor
+    tokens: Tensor
+    hidden: Tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Of `values [n]`, one for each token, the mean over the tokens of each row: [B] float32."""
+        total = torch.zeros(len(self.tokens), device=values.device, dtype=torch.float32)
+        return total.index_add(0, self.row, values) / self.tokens
+
+    def losses(self) -> Tensor:
+        """Mean negative log-likelihood of each row's supervised tokens: [B] float32."""
+        return self.mean(F.cross_entropy(self.logits, self.targets, reduction="none"))
+
+
 class SupervisedLoss:
     """Mean negative log-likelihood over the supervised tokens of each example.
 
@@ -64,33 +95,43 @@ class SupervisedLoss:
 
     def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """`(nll [B] float32, tokens [B] int64)` of a collated batch, which is moved to the device."""
+        found = self.predict(batch)
+        return found.losses(), found.tokens
+
+    def with_predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """Beside that, the most likely token at every supervised position of each example, given all before it."""
+        found = self.predict(batch)
+        likely = found.logits.argmax(dim=-1).cpu().split(found.tokens.tolist())
+        return found.losses(), found.tokens, [row.tolist() for row in likely]
+
+    def predict(self, batch: Mapping[str, Tensor]) -> Predictions:
+        """What the model says of a collated batch, which is moved to the device."""
         device = self._compute.device
         labels = batch["labels"].to(device)
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, L]: what position l predicts
         wanted = targets != IGNORE
-        dtype = self._compute.autocast
-        with (
-            self._only(wanted),
-            torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None),
-        ):
+        with self._only(wanted) as reached, self._compute.precision():
             logits = self._model(
                 input_ids=batch["input_ids"].to(device),
                 attention_mask=batch["attention_mask"].to(device),
                 use_cache=False,
             ).logits[0]  # [n, V]
-        losses = F.cross_entropy(logits.float(), targets[wanted], reduction="none")
-        tokens = wanted.sum(dim=1)
-        row = wanted.nonzero()[:, 0]
-        total = torch.zeros(len(labels), device=device, dtype=torch.float32).index_add(0, row, losses)
-        return total / tokens, tokens
+        return Predictions(logits.float(), targets[wanted], wanted.nonzero()[:, 0], wanted.sum(dim=1), reached[0])
 
     @contextmanager
-    def _only(self, wanted: Tensor) -> Iterator[None]:
-        def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _only(self, wanted: Tensor) -> Iterator[list[Tensor]]:
+        """Logits at the `wanted` positions alone; what reached the output layer is put into the list."""
+        reached: list[Tensor] = []
+        caller = threading.get_ident()  # other threads may be at their own batches
+
+        def select(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            if threading.get_ident() != caller:
+                return None
+            reached.append(args[0])
             return (args[0][wanted].unsqueeze(0), *args[1:])
 
         handle = self._head.register_forward_pre_hook(select)
         try:
-            yield
+            yield reached
         finally:
             handle.remove()

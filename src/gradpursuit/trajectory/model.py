@@ -61,6 +61,11 @@ class Compute:
             return cls(device, torch.bfloat16)
         return cls(device, None)
 
+    def precision(self) -> torch.autocast:
+        """A context in which a model computes with the precision asked for."""
+        dtype = self.autocast
+        return torch.autocast(self.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
     def __str__(self) -> str:
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return f"{name}, {'bfloat16 autocast' if self.autocast else 'float32'}"

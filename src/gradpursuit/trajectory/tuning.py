@@ -14,7 +14,8 @@ from torch import nn
 from gradpursuit.config import ModelSection
 from gradpursuit.errors import ModelError, RunError, TrajectoryError
 from gradpursuit.files import read_json
-from gradpursuit.trajectory.model import attach_lora, attach_peft, trainable
+from gradpursuit.trajectory.followed import embedding_weights, followed_layers, is_linear
+from gradpursuit.trajectory.model import attach_lora, attach_peft
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -56,7 +57,7 @@ def tuned(base: PreTrainedModel, config: ModelSection, seed: int, adapter: Path 
         assert config.lora is not None  # the configuration has one of the two
         model = attach_lora(base, config.lora, seed)
     try:
-        refuse_unfollowed(model)
+        followed_layers(model)  # refuses what cannot be followed
         yield model.to(base.device)
     finally:
         model.unload()
@@ -84,11 +85,11 @@ def _matching(base: PreTrainedModel, pattern: str) -> list[nn.Parameter]:
     matches = {name: module for name, module in base.named_modules() if name and re.fullmatch(pattern, name)}
     holders = {name: module for name, module in matches.items() if next(module.parameters(recurse=False), None)
                is not None}  # fmt: skip
-    tied = _embedding_weights(base)
+    tied = embedding_weights(base)
     bad = [
         f"{name} ({type(module).__name__})"
         for name, module in holders.items()
-        if not isinstance(module, _linear()) or id(module.weight) in tied
+        if not is_linear(module) or id(module.weight) in tied
     ]
     if bad:
         raise ModelError(
@@ -96,37 +97,12 @@ def _matching(base: PreTrainedModel, pattern: str) -> list[nn.Parameter]:
             f"(such as {', '.join(bad[:3])}): only linear layers can, and not the output layer; narrow the expression"
         )
     if not holders:
-        some = [name for name, module in base.named_modules() if isinstance(module, _linear())]
+        some = [name for name, module in base.named_modules() if is_linear(module)]
         raise ModelError(
             f"model.layers = {pattern!r} matches no linear layer of {type(base).__name__}; the expression must match "
             f"the whole name; linear layers found: {', '.join(some[:8])}{', ...' if len(some) > 8 else ''}"
         )
     return [module.weight for module in holders.values()]
-
-
-def refuse_unfollowed(model: nn.Module) -> None:
-    """Refuse trainable parameters whose per-example gradients cannot be followed.
-
-    Raises:
-        ModelError: there are none, or some is not the weight of a plain linear layer or LoRA matrix, or belongs to
-            the output layer or the embeddings.
-    """
-    owners = {id(parameter): name for name, parameter in trainable(model).items()}
-    if not owners:
-        raise ModelError(f"{type(model).__name__} has no trainable parameters, so there is nothing to follow")
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    outside = set(head.modules()) if head is not None else set()
-    tied = _embedding_weights(model)
-    for module in model.modules():
-        if isinstance(module, _linear()) and module not in outside and id(module.weight) not in tied:
-            owners.pop(id(module.weight), None)
-    if owners:
-        names = sorted(owners.values())
-        raise ModelError(
-            f"{len(names)} trainable parameters cannot be followed (first: '{names[0]}'): only the weights of linear "
-            "layers and the matrices of LoRA on them can, not biases, norms, embeddings, the output layer or other "
-            "kinds of adapters; leave these out of training (model.lora.target_modules, model.layers)"
-        )
 
 
 def adapter_settings(folder: Path) -> LoraConfig:
@@ -175,15 +151,3 @@ def _refuse_settings(path: Path, found: dict[str, Any]) -> None:
         if value != getattr(defaults, name, None):
             fix = "train with bias='none'" if name == "bias" else f"train a plain LoRA adapter, without {name}"
             raise TrajectoryError(f"{path}: {name} = {value!r} cannot be followed; {fix}")
-
-
-def _embedding_weights(model: nn.Module) -> set[int]:
-    """Ids of the weights that embed tokens or make the logits."""
-    layers = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[operator]
-    return {id(layer.weight) for layer in layers if hasattr(layer, "weight")}
-
-
-def _linear() -> tuple[type[nn.Module], ...]:
-    from transformers.pytorch_utils import Conv1D
-
-    return nn.Linear, Conv1D

@@ -22,6 +22,22 @@ from gradpursuit.trajectory.training import TrainSpec, train
 logger = logging.getLogger("gradpursuit")
 
 
+def warmup_plan(config: WarmupSection, pool: int, seed: int) -> tuple[int, TrainSpec]:
+    """How many rows of a pool of `pool` rows the warm-up trains on, and how.
+
+    Raises:
+        ConfigError: there are fewer optimizer steps than checkpoints.
+    """
+    count = max(1, math.ceil(config.fraction * pool))
+    spec = TrainSpec.for_epochs(count, config.epochs, config.batch_size, config.learning_rate, seed, "warm-up training")
+    if spec.steps < config.checkpoints:
+        raise ConfigError(
+            f"warmup.checkpoints = {config.checkpoints}, but {count} rows × {config.epochs} epochs at batch size "
+            f"{config.batch_size} make only {spec.steps} steps; raise warmup.fraction or warmup.epochs"
+        )
+    return count, spec
+
+
 def warm_up(
     model: nn.Module, pool: Table, config: WarmupSection, compute: Compute, folder: Path, seed: int
 ) -> list[Checkpoint]:
@@ -38,14 +54,8 @@ def warm_up(
     Raises:
         ConfigError: there are fewer optimizer steps than checkpoints.
     """
-    count = max(1, math.ceil(config.fraction * len(pool)))
+    count, spec = warmup_plan(config, len(pool), seed)
     chosen = sorted(int(i) for i in np.random.default_rng(seed).permutation(len(pool))[:count])
-    spec = TrainSpec.for_epochs(count, config.epochs, config.batch_size, config.learning_rate, seed, "warm-up training")
-    if spec.steps < config.checkpoints:
-        raise ConfigError(
-            f"warmup.checkpoints = {config.checkpoints}, but {count} rows × {config.epochs} epochs at batch size "
-            f"{config.batch_size} make only {spec.steps} steps; raise warmup.fraction or warmup.epochs"
-        )
     for earlier in folder.glob("checkpoint-*"):
         shutil.rmtree(earlier)  # of another run: what is read back below must be of this one alone
     follow = GradientTrajectoryCallback(folder, config.checkpoints)

@@ -1,0 +1,47 @@
+"""Gain of held-out loss against budget, with intervals."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from gradpursuit.evaluation.compare import FULL
+from gradpursuit.evaluation.findings import Findings
+from gradpursuit.files import write_atomic
+
+logger = logging.getLogger("gradpursuit")
+
+
+def plot_gains(path: Path, findings: Findings) -> bool:
+    """Draw `path` (PNG): one panel per protocol, one line per strategy; False if there is nothing or no matplotlib."""
+    gains = findings.gains()
+    protocols = list(dict.fromkeys(protocol for _, _, protocol in gains))
+    if not protocols:
+        return False
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no plot of the gains: matplotlib is not installed; pip install 'gradpursuit[eval]'")
+        return False
+    figure = Figure(figsize=(6.4 * len(protocols), 4.4), layout="constrained")
+    for axes, protocol in zip(figure.subplots(1, len(protocols), squeeze=False)[0], protocols, strict=True):
+        strategies = list(dict.fromkeys(name for name, budget, of in gains if of == protocol and budget))
+        for place, name in enumerate(strategies):
+            points = sorted((budget, e) for (n, budget, of), e in gains.items() if n == name and of == protocol)
+            budgets = [budget * 1.015 ** (place - len(strategies) / 2) for budget, _ in points]  # side by side
+            means = [e.mean for _, e in points]
+            around = [[e.mean - e.low for _, e in points], [e.high - e.mean for _, e in points]]
+            axes.errorbar(budgets, means, yerr=around, marker="o", capsize=3, label=name)
+        full = gains.get((FULL, 0, protocol))
+        if full:
+            axes.axhline(full.mean, linestyle="--", color="gray", label="full pool")
+        axes.set(
+            xscale="log", xlabel="examples chosen", ylabel="gain of held-out loss (nats per token)", title=protocol
+        )
+        ticks = sorted({budget for _, budget, of in gains if budget and of == protocol})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.legend()
+    with write_atomic(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+    return True
