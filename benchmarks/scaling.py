@@ -31,8 +31,8 @@ from pursuit_parts.synthetic import LowRank
 
 from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, Session, Team, connected, parts_of
 from gradpursuit.config import EngineSection
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit import GradientTrajectoryPursuit
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import GradientStore, Shard, StoreSpec
 from store import machine
 

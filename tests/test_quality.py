@@ -39,6 +39,7 @@ ORDER = {
             ("store",),
             ("gradients",),
             ("pursuit",),
+            ("features",),
             ("selection",),
             ("cluster",),
             ("spread",),

@@ -8,6 +8,7 @@ profile or a role), never part of a URL, so that they are in no configuration an
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,12 +21,13 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SECRET_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_LEAST_SECRET = 8  # characters of a value of the environment that is taken for a secret
 
 
 def is_url(text: str) -> bool:
     """Whether `text` names a remote place, and not a path."""
-    return _URL.match(text) is not None
+    return "://" in text
 
 
 def located(text: str | None) -> str | None:
@@ -74,6 +76,16 @@ def place(text: str) -> Path:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"'{text}' is no place that can be written to: {error}") from None
     return cast(Path, made)
+
+
+def without_secrets(message: str) -> str:
+    """A message of a library without users, passwords, signatures and keys of this environment."""
+    message = re.sub(r"//[^/@\s]*@", "//***@", message)
+    message = re.sub(r"(://[^\s?\"']*)\?[^\s\"']*", r"\1?***", message)
+    for name, value in os.environ.items():
+        if _SECRET_NAMES.search(name) and len(value) >= _LEAST_SECRET:
+            message = message.replace(value, "***")
+    return message
 
 
 class RemoteBytes:
@@ -178,7 +190,8 @@ def reaching(path: Path) -> Iterator[None]:
     except Exception as error:  # each library has errors of its own, some no OSError
         if not is_remote(path):
             raise
+        reason = without_secrets(f"{type(error).__name__}: {error}")
         raise RunError(
-            f"{path}: cannot be reached: {type(error).__name__}: {error}; look at the credentials and the endpoint in "
-            "the environment of this machine. Finished work is kept"
-        ) from error
+            f"{path}: cannot be reached: {reason}; look at the credentials and the endpoint in the environment of this "
+            "machine. Finished work is kept"
+        ) from None

@@ -12,9 +12,9 @@ from gradpursuit.gradient_stage import Split, gradient_folder, read_run_trajecto
 if TYPE_CHECKING:
     from gradpursuit.cluster import Team
     from gradpursuit.data import Row
+    from gradpursuit.features import TrajectoryFeatures
     from gradpursuit.pipeline import Run
     from gradpursuit.selection import SelectionProblem
-    from gradpursuit.selection.features import TrajectoryFeatures
     from gradpursuit.store import GradientStore
 
 
@@ -107,7 +107,7 @@ def _features(run: Run, split: Split, rows: Any, team: Team | None = None) -> di
     """The features of `rows` (positions in the split's table), by label; read by a team, or by this process."""
     import numpy as np
 
-    from gradpursuit.selection.features import TrajectoryFeatures
+    from gradpursuit.features import TrajectoryFeatures
 
     found: dict[str, Any] = {}
     for kind, store in split.stores(run).items():

@@ -37,7 +37,8 @@ def filling(run: Run, opened: Opener) -> Iterator[StoreFiller[Any]]:
         if engine.name == "local":
             yield made
             return
-        from gradpursuit.cluster import ClusterFill, Resources, connected
+        from gradpursuit.cluster import Resources, connected
+        from gradpursuit.cluster.collect import ClusterFill
 
         with connected(engine) as session:
             resources = Resources(engine.cpus, gpus=int(model.device != "cpu" and session.has_gpus()))

@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from nodes import Cluster, start_cluster
 
+from gradpursuit.cluster import local_only
 from server import Server
+
+if TYPE_CHECKING:
+    from nodes import Cluster
+
+local_only()  # before any module imports Ray
+
+
+class WithoutRay(pytest.Module):
+    """A module that cannot be imported."""
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        pytest.skip("Ray is not installed: pip install 'gradpursuit[test]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip the modules here where Ray is missing."""
+    missing = find_spec("ray") is None
+    return WithoutRay.from_parent(parent, path=module_path) if missing else None  # type: ignore[no-any-return]
+
 
 SECRET = "this-must-never-be-written-anywhere"
 
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The URL of an empty bucket of a real S3 server, whose address and keys are in the environment."""
+    """The URL of an empty bucket, which keeps versions, of a real S3 server; its address is in the environment."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -29,6 +50,7 @@ def s3() -> Iterator[str]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         boto3.client("s3").create_bucket(Bucket="features")
+        boto3.client("s3").put_bucket_versioning(Bucket="features", VersioningConfiguration={"Status": "Enabled"})
         yield "s3://features"
     server.stop()
 
@@ -37,6 +59,7 @@ def s3() -> Iterator[str]:
 def cluster(s3: str) -> Iterator[Cluster]:
     """Two nodes that know the S3 server, and this process connected to them."""
     import ray
+    from nodes import start_cluster
 
     made = start_cluster(2)
     ray.init(address=made.address, log_to_driver=False)

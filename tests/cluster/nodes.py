@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradpursuit.cluster import local_only
+from ray.cluster_utils import Cluster
 
-local_only()  # before Ray is imported
-
-from ray.cluster_utils import Cluster  # noqa: E402
-
-NODE: dict[str, Any] = {"num_cpus": 6, "object_store_memory": 100 * 2**20}
+NODE: dict[str, Any] = {"num_cpus": 4, "object_store_memory": 100 * 2**20}
 
 
 def start_cluster(nodes: int) -> Cluster:

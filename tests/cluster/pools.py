@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix
 from gradpursuit.cluster.shards import Part
 from gradpursuit.cluster.team import Team
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit import GradientTrajectoryPursuit, TrajectoryMatrix
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import GradientStore, Shard, StoreSpec
 
 FACTORS = np.array([[1.0], [0.5]])  # of the two checkpoints

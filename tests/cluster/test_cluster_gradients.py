@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
+import ray
 from nodes import NODE, Cluster
+from ray import cloudpickle
 
-from gradpursuit.cluster import ClusterFill, Resources, Session
+from gradpursuit.cluster import Resources, Session
+from gradpursuit.cluster.collect import ClusterFill
 from gradpursuit.config import EngineSection, RunConfig, load_config
 from gradpursuit.errors import RunError, TrajectoryError
 from gradpursuit.gradient_stage import collector, splits
@@ -27,8 +29,9 @@ from gradpursuit.store import GradientStore
 from jobs import Job
 from server import Server
 
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import it
 RESOURCES = Resources(NODE["num_cpus"])  # one worker a node
-SESSION = Session(EngineSection(name="ray"))
+SESSION, ONE = Session(EngineSection(name="ray")), Session(EngineSection(name="ray", workers=1))
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +84,24 @@ def same_features(folder: Path, whole: Path) -> None:
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
-def computing() -> int:
-    """The process of a worker that computes a shard now."""
-    while True:
-        for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if "GradientWorker.fill" in " ".join(process.cmdline()):
-                    return process.pid
-        time.sleep(0.01)
+def die_in_next_shard(worker: Any) -> None:
+    """From now on the process is killed when it has computed a shard, before it writes it."""
+    compute = worker._filler.shards
+
+    def shards(*arguments: Any) -> None:
+        compute(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    worker._filler.shards = shards
+
+
+def version(path: Any) -> str:
+    """Of an object in S3: another one whenever it is written."""
+    import boto3
+
+    bucket, _, key = path.path.partition("/")
+    found: str = boto3.client("s3").head_object(Bucket=bucket, Key=key)["VersionId"]
+    return found
 
 
 def finished(folder: Path) -> dict[Path, tuple[int, int]]:
@@ -97,27 +110,26 @@ def finished(folder: Path) -> dict[Path, tuple[int, int]]:
     return {path: (one.st_mtime_ns, one.st_ino) for path, one in found.items()}
 
 
-def test_a_worker_killed_in_the_middle_gives_its_shard_back(cluster: Cluster, warm: Job, run: Run) -> None:
+def test_workers_that_die_and_nodes_that_join_and_leave_change_nothing(cluster: Cluster, warm: Job, run: Run) -> None:
     before: dict[Path, tuple[int, int]] = {}
+    joined: list[Any] = []
 
     def kill(fill: ClusterFill) -> None:
-        pid = computing()
+        one = next(worker for worker in fill._workers if worker.ready)
+        ray.get(one.actor.__ray_call__.remote(die_in_next_shard))
         before.update(finished(run.folder))
-        os.kill(pid, signal.SIGKILL)
 
-    fill = fill_pool(run, {2: kill})
-    assert fill.lost == 1
+    def leave(_: ClusterFill) -> None:
+        cluster.remove_node(joined[0])
+
+    def join(_: ClusterFill) -> None:
+        joined.append(cluster.add_node(**NODE))
+
+    fill = fill_pool(run, {2: kill, 3: join, 9: leave})
+    assert fill.lost >= 1
+    assert fill.begun >= 4
     assert before
     assert before.items() <= finished(run.folder).items()
-    same_features(run.folder / "gradients", warm.folder / "whole" / "gradients")
-
-
-def test_nodes_join_and_leave(cluster: Cluster, warm: Job, run: Run) -> None:
-    joined: list[Any] = []
-    fill = fill_pool(
-        run, {1: lambda _: joined.append(cluster.add_node(**NODE)), 5: lambda _: cluster.remove_node(joined.pop())}
-    )
-    assert fill.begun >= 3
     same_features(run.folder / "gradients", warm.folder / "whole" / "gradients")
 
 
@@ -137,7 +149,7 @@ def fill_pool_elsewhere(run: Run) -> None:
     hidden = run.folder.with_name("hidden")
     elsewhere = Run(moved(run.config, hidden))
     pool = splits(run)[-1]
-    with collector(run) as made, ClusterFill(SESSION, partial(collector, elsewhere), "float32", RESOURCES) as fill:
+    with collector(run) as made, ClusterFill(ONE, partial(collector, elsewhere), "float32", RESOURCES) as fill:
         made.fill = fill
         made.collect(pool.name, pool.table, pool.kinds, pool.folder)
 
@@ -147,7 +159,7 @@ def test_a_driver_that_is_killed_goes_on_and_ends_with_the_selection_of_one_mach
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(warm.run_dir, folder)
-    on_ray = ["--engine", "ray", "--address", cluster.address, "--engine.cpus", str(NODE["num_cpus"])]
+    on_ray = ["--engine", "ray", "--address", cluster.address, "--engine.workers", "1"]
     command = server.start(["collect", str(folder), *on_ray], printed)
     while command.is_alive() and len(finished(folder / "gradients" / "pool")) < 4:
         time.sleep(0.02)
@@ -169,12 +181,10 @@ def test_a_driver_that_is_killed_goes_on_and_ends_with_the_selection_of_one_mach
 def test_features_in_s3_give_the_same_selection_and_the_key_is_written_nowhere(
     cluster: Cluster, s3: str, secret: str, warm: Job, run: Run
 ) -> None:
-    import ray
-
     store = f"{s3}/run"
     sections = {
         "gradients": run.config.gradients.model_copy(update={"store": store}),
-        "engine": EngineSection(name="ray", cpus=NODE["num_cpus"]),
+        "engine": EngineSection(name="ray", workers=1),
     }
     remote = Run(moved(run.config, run.folder, **sections))
     remote.execute("export")
@@ -184,17 +194,15 @@ def test_features_in_s3_give_the_same_selection_and_the_key_is_written_nowhere(
     assert chosen == (warm.folder / "whole" / "selection" / "gtp" / "selected.jsonl").read_text()
     # A shard that is damaged and one that is missing are made again, and no other.
     pool = GradientStore.open(place(store) / "pool" / "adam-symmetric")
-    times = {path: path.stat().st_mtime for path in map(pool.path, [0, 0, 1], [0, 1, 2])}
-    time.sleep(1.1)  # the clock of S3 ticks once a second
-    damaged, missing, whole = times
+    damaged, missing, whole = map(pool.path, [0, 0, 1], [0, 1, 2])
+    kept = version(whole)
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(bytes(content))
     missing.unlink()
     assert [pool.state(t, s).state for t, s in ((0, 0), (0, 1), (1, 2))] == ["broken", "missing", "whole"]
     remote.execute("gradients")
-    assert missing.stat().st_mtime > times[missing]
-    assert whole.stat().st_mtime == times[whole]
+    assert version(whole) == kept
     same_features(place(store), warm.folder / "whole" / "gradients")
     logs = Path(ray._private.worker._global_node.get_session_dir_path())
     written = [path for folder in (run.folder, logs) for path in folder.rglob("*") if path.is_file()]

@@ -23,7 +23,8 @@ OpenFiller = Callable[[], AbstractContextManager[StoreFiller[Any]]]
 Line = tuple[int, str]  # of the log: level and message
 
 _LOOK_AROUND = 1.0  # seconds after which it is seen whether nodes have joined
-_DEATHS = 3  # of workers at the same shard
+_DEATHS = 3  # of workers at the same shard, or at the model before one could load it
+_MODEL = "the model"
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,11 @@ class GradientWorker:
         kinds = [kind for kind, _ in lacking]
         made = self._filler.shards(t, kinds, task.rows, first.range(s), lambda _: None)
         for (_, to), shard in zip(lacking, made, strict=True):
-            to.write(t, s, shard)
+            try:
+                to.write(t, s, shard)
+            except RunError:
+                if not to.has(t, s):  # a worker that was given up, but lives, may have been quicker
+                    raise
         return dict(made[0].dropped), self._lines.taken()
 
 
@@ -221,6 +226,8 @@ class ClusterFill:
         except RayError as error:
             self._lose(worker, task, error)
             return None
+        if not task:
+            del self._deaths[_MODEL]
         worker.ready = True
         dropped, lines = answer if task else ({}, answer)
         for level, message in lines:
@@ -233,7 +240,7 @@ class ClusterFill:
         self._workers.remove(worker)
         self.lost += 1
         ray.kill(worker.actor)
-        place = task.name if task else "the model"
+        place = task.name if task else _MODEL
         logger.warning("%s was lost at %s; another one does it again", worker.name, place)
         self._deaths[place] += 1
         if self._deaths[place] >= _DEATHS:

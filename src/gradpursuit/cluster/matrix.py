@@ -8,6 +8,7 @@ bit whatever the number of workers and whoever owns a shard.
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 
 from gradpursuit.cluster.shards import Alone, Part, Question, Wanted, parts_of
 from gradpursuit.cluster.team import Ownership, Team, shares
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit.matrix import as_ids, require_finite
 from gradpursuit.pursuit.ranking import Place
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import DTYPES
 
 _PAIR = 16  # bytes of an id and a score
@@ -134,6 +135,7 @@ class RayGradientMatrix:
         self._row_bytes = shards.dim * DTYPES[shards.dtype].itemsize * len(checkpoints)
         self._squared_norms: Float64Array | None = None
         self._numbers = itertools.count()
+        weakref.finalize(self, owned.drop_view, self._view).atexit = False
         self.traffic = Traffic(other_bytes=0 if factor is None else factor.nbytes)
 
     @property

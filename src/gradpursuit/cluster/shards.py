@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gradpursuit.pursuit import GradientTrajectoryPursuit, TrajectoryMatrix
+from gradpursuit.features import TrajectoryFeatures
+from gradpursuit.pursuit.matrix import TrajectoryMatrix
 from gradpursuit.pursuit.ranking import Place, RankedScores, scores_of
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.store import ShardFolder
 
 
@@ -101,13 +101,15 @@ class ShardWorker:
     """
 
     def __init__(self, threads: int) -> None:
-        # Numba reads it when it is imported, which a kernel does at first use.
+        import numba
+
         os.environ["NUMBA_NUM_THREADS"] = str(threads)
+        numba.config.reload_config()  # type: ignore[attr-defined]  # it may have been imported before
         self._parts: dict[str, dict[int, Part]] = {}
         self._opened: dict[tuple[str, int], TrajectoryFeatures] = {}
         self._views: dict[tuple[str, str], dict[int, View]] = {}
         self._matrices: dict[Question, TrajectoryMatrix] = {}
-        self._ranking: tuple[Any, RankedScores] | None = None
+        self._ranking: tuple[tuple[Question, int], RankedScores] | None = None
         self.seconds = {"pass": 0.0, "reading": 0.0}
 
     def own(self, pool: str, parts: dict[int, Part]) -> None:
@@ -117,6 +119,15 @@ class ShardWorker:
     def see(self, pool: str, view: str, parts: dict[int, View]) -> None:
         """Know how parts, by number, are seen in a view."""
         self._views.setdefault((pool, view), {}).update(parts)
+
+    def drop(self, pool: str, view: str) -> None:
+        """Forget a view."""
+        self._views.pop((pool, view), None)
+        self._matrices = {
+            asked: made for asked, made in self._matrices.items() if (asked.pool, asked.view) != (pool, view)
+        }
+        if self._ranking is not None and (self._ranking[0][0].pool, self._ranking[0][0].view) == (pool, view):
+            self._ranking = None
 
     def correlate(self, asked: Question, r: FloatArray) -> Float64Array:
         """A^T r for the rows: [n] or [n, q]."""
@@ -157,6 +168,8 @@ class ShardWorker:
 
     def winners(self, asked: Question, alone: Alone, target: Float64Array) -> IntArray:
         """The ids that a pursuit of these rows alone chooses."""
+        from gradpursuit.pursuit import GradientTrajectoryPursuit
+
         matrix, settings = self._matrix(asked), dict(alone.settings)
         settings["alpha"] *= alone.mean_square / float(matrix.squared_norms().mean())
         solver = GradientTrajectoryPursuit(min(alone.k, matrix.shape[1]), **settings).fit(matrix, target)

@@ -168,6 +168,15 @@ class Ownership:
             member.actor.see.remote(self.pool, name, self._view(name, mine))
         return name
 
+    def drop_view(self, name: str) -> None:
+        """Nobody looks at that view any more."""
+        import ray
+
+        del self._views[name]
+        if ray.is_initialized():
+            for member in {id(member): member for member in self._owner.values()}.values():
+                member.actor.drop.remote(self.pool, name)
+
     def _view(self, name: str, numbers: tuple[int, ...]) -> dict[int, View]:
         checkpoints, factor = self._views[name]
         cuts = {number: slice(self.starts[number], self.starts[number + 1]) for number in numbers}

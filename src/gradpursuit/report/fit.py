@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gradpursuit.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import BudgetPath, nnls
 from gradpursuit.pursuit.loop import FINAL, Layer
 from gradpursuit.pursuit.problem import PursuitProblem
 from gradpursuit.selection import Selection, SelectionProblem
-from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.selection_problem import load_problem
 
 if TYPE_CHECKING:

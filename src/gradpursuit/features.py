@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.errors import SelectionError
-from gradpursuit.pursuit import TrajectoryMatrix
+from gradpursuit.pursuit.matrix import TrajectoryMatrix
 from gradpursuit.store import Block
 
 Array = NDArray[np.float64]
