@@ -22,6 +22,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,11 @@ from typing import Any
 import numpy as np
 from pursuit_parts.synthetic import LowRank
 
-from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, Session, Team, connected, parts_of
+from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, Session, Team, connected, local_only, parts_of
 from gradpursuit.config import EngineSection
 from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit import GradientTrajectoryPursuit
+from gradpursuit.pursuit.problem import JOIN
 from gradpursuit.store import GradientStore, Shard, StoreSpec
 from store import machine
 
@@ -76,8 +79,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0))
     found: dict[str, Any] = {"machine": {**machine(1), "cores_at_hand": cores}, **source.described()}
     found |= {"rows": arguments.rows, "dim": arguments.dim, "dtype": DTYPE, "budget": arguments.budget}
-    with connected(EngineSection(name="ray", workers=most)) as session:
-        bench = Bench(session, source.target(), 2 * arguments.budget, arguments.rounds)
+    with crowded(most), connected(EngineSection(name="ray")) as session:
+        bench = Bench(session, source.target(), joining(arguments.budget), arguments.rounds)
         found["strong"] = [bench.passes(store, arguments.rows, count) for count in arguments.workers]
         share = arguments.rows // max(arguments.workers)
         found["weak"] = [bench.passes(store, share * count, count) for count in arguments.workers]
@@ -85,6 +88,24 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         found["overhead"] = [bench.passes(few, FEW, count) for count in arguments.crowd]
         found["fits"] = fits(session, store, source.target(), arguments)
     return found
+
+
+@contextmanager
+def crowded(workers: int) -> Iterator[None]:
+    """A cluster of this machine alone with room for so many workers, even if there are fewer cores."""
+    local_only()
+    import ray
+
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def joining(budget: int) -> int:
+    """How many atoms a pass is asked for."""
+    return max(1, round(JOIN * budget))
 
 
 def write_store(folder: Path, source: LowRank, count: int) -> GradientStore:
@@ -144,7 +165,7 @@ class Bench:
 
     def _pass(self, matrix: RayGradientMatrix) -> float:
         began = time.perf_counter()
-        ids, _ = matrix.ranking(self.target, 1e-6, np.empty(0, dtype=np.int64)).next(self.pairs)
+        ids, _ = matrix.ranking(self.target, 1e-6).without(np.empty(0, dtype=np.int64)).next(self.pairs)
         assert len(ids)
         return time.perf_counter() - began
 
@@ -215,11 +236,11 @@ def predict(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     off = [model / one["seconds"] - 1 for model, one in zip(modelled, fair, strict=True)]
     there = arguments.rows_there * arguments.dim_there * 2 / arguments.nodes
     k, nodes = arguments.budget_there, arguments.nodes
-    out, pairs = WIDE * arguments.dim_there * nodes, PAIR * 2 * k * nodes
+    out, pairs = WIDE * arguments.dim_there * nodes, PAIR * joining(k) * nodes
     reading = there / (bandwidth * arguments.cores)
     overhead = max(0.0, base) + max(0.0, per_worker) * nodes
     moving = (out + pairs) / arguments.network
-    columns = COLUMN * arguments.dim_there * 2 * k
+    columns = COLUMN * arguments.dim_there * joining(k)
     return {
         "measured": {
             "bandwidth_of_a_worker": bandwidth,

@@ -404,15 +404,6 @@ class RunConfig(Section):
     engine: EngineSection = EngineSection()
 
     @model_validator(mode="after")
-    def _parts_on_a_cluster(self) -> RunConfig:
-        if self.pursuit.parts > 1 and self.engine.name == "local":
-            raise ValueError(
-                f"pursuit.parts is {self.pursuit.parts}, but one machine has one part: leave it out, or say --engine "
-                "ray"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _compared_strategies_are_selected(self) -> RunConfig:
         unknown = [name for name in self.evaluation.strategies if name not in self.selection.strategies]
         if unknown:

@@ -21,6 +21,7 @@ from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import Manifest, State, digest_of
 from gradpursuit.plugins import distribution, registered
+from gradpursuit.spread import check_engine
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target, targets
 
@@ -389,6 +390,7 @@ def check(config: RunConfig) -> None:
     from gradpursuit.trajectory.model import Compute
 
     check_strategies(config)
+    check_engine(config)
     Compute.of(config.model)
     if config.warmup.trajectory:
         from gradpursuit.trajectory.imported import check_trajectory

@@ -7,11 +7,45 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gradpursuit.errors import ConfigError
+from gradpursuit.remote import place
+
 if TYPE_CHECKING:
+    from gradpursuit.config import RunConfig
     from gradpursuit.gradients.filling import StoreFiller
     from gradpursuit.pipeline import Run
 
 Opener = Callable[["Run"], AbstractContextManager["StoreFiller[Any]"]]
+
+
+def check_engine(config: RunConfig) -> None:
+    """Refuse, before any work, what the engine cannot do.
+
+    Raises:
+        ConfigError: the engine, or the place of the features, needs what is not installed; or parts of the pool are to
+            be pursued where it lies in one piece.
+    """
+    if config.engine.name == "ray":
+        from gradpursuit.cluster import require_ray
+
+        require_ray()
+    if config.gradients.store:
+        place(config.gradients.store)
+    from gradpursuit.selection import Settings
+    from gradpursuit.selection.gtp import GTP
+    from gradpursuit.selection.scores import settings_of
+
+    settings = Settings(config.gradients, config.pursuit, config.selection.options)
+    for name in config.selection.strategies:
+        method = settings.strategy(name).method
+        if not isinstance(method, GTP):
+            continue
+        own: Any = settings_of(method, config.pursuit)
+        if own.parts > 1 and (config.engine.name == "local" or own.subspace != "none"):
+            raise ConfigError(
+                f"strategy '{name}': parts is {own.parts}, but parts are pursued where features lie on workers: say "
+                "--engine ray and leave subspace out, or leave parts out"
+            )
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from gradpursuit.cli import main
 from gradpursuit.cluster import connected
 from gradpursuit.config import EngineSection, build_config
 from gradpursuit.errors import ConfigError
-from gradpursuit.remote import place
+from gradpursuit.remote import place, without_secrets
 from jobs import Job
 
 ALONE = """
@@ -44,9 +44,14 @@ def test_a_cluster_started_for_a_command_is_of_this_machine_alone_and_ends_with_
     assert lines[-1] == "left 0"
 
 
-def test_without_ray_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_message_says_what_to_install(
+    job: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'gradpursuit\[ray\]'"), connected(EngineSection(name="ray")):
+    assert main(["run", str(job.path), "--engine", "ray"]) == 2
+    assert "pip install 'gradpursuit[ray]'" in capsys.readouterr().err
+    assert not job.run_dir.exists()  # it is told before any work
+    with pytest.raises(ConfigError, match="leave --engine ray out"), connected(EngineSection(name="ray")):
         pass
 
 
@@ -54,7 +59,9 @@ def test_settings_that_do_not_fit_are_refused(job: Job, capsys: pytest.CaptureFi
     for flags, words in (
         (["--address", "127.0.0.1:6379"], "address is given, but name is 'local'"),
         (["--engine", "dask"], "--engine.name: 'engine.name' = 'dask'"),
-        (["--pursuit.parts", "3"], "pursuit.parts is 3, but one machine has one part"),
+        (["--pursuit.parts", "3"], "strategy 'gtp': parts is 3, but"),
+        (["--selection.options", "{gtp: {parts: 3}}"], "strategy 'gtp': parts is 3, but"),
+        (["--engine", "ray", "--pursuit.parts", "3", "--pursuit.subspace", "target"], "leave subspace out"),
         (["--engine", "ray", "--engine.cpus", "0"], "'engine.cpus' = 0"),
     ):
         assert main(["run", str(job.path), *flags]) == 2
@@ -76,6 +83,17 @@ def test_urls_and_addresses_with_secrets_are_refused_and_not_repeated() -> None:
         with pytest.raises(ConfigError, match="must not hold a user, password, key or signature") as error:
             build_config(tree, "job.yaml")
         assert "hunter2" not in str(error.value)
+
+
+def test_messages_of_libraries_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+    told = without_secrets(
+        'EndpointConnectionError: no connection to "http://me:hunter2@host:9000/features/a?X-Amz-Signature=hunter2" '
+        "with hunter2hunter2; is it up?"
+    )
+    assert "hunter2" not in told
+    assert "host:9000/features/a" in told
+    assert told.endswith("is it up?")
 
 
 def test_places_that_nothing_reaches_are_told() -> None:

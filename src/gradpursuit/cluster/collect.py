@@ -23,6 +23,7 @@ OpenFiller = Callable[[], AbstractContextManager[StoreFiller[Any]]]
 Line = tuple[int, str]  # of the log: level and message
 
 _LOOK_AROUND = 1.0  # seconds after which it is seen whether nodes have joined
+_PATIENCE = 60  # looks after which it is said that no worker has begun
 _DEATHS = 3  # of workers at the same shard, or at the model before one could load it
 _MODEL = "the model"
 
@@ -141,6 +142,7 @@ class ClusterFill:
     _workers: list[_Worker] = field(default_factory=list)
     _deaths: Counter[str] = field(default_factory=Counter)
     _waiting: bool = False
+    _looks: int = 0
 
     def __call__(
         self, table: Table, stores: Mapping[Any, GradientStore], todo: Todo[Any], advance: Callable[[int], None]
@@ -186,6 +188,10 @@ class ClusterFill:
             time.sleep(_LOOK_AROUND)
             return []
         done: list[Any] = ray.wait(references, num_returns=1, timeout=_LOOK_AROUND)[0]
+        if not done and not any(worker.ready for worker in self._workers):
+            self._looks += 1
+            if self._looks == _PATIENCE:
+                logger.warning("no worker has loaded the model yet; `ray status` tells whether the cluster has room")
         return done
 
     def _grow(self, queue: deque[ShardTask], busy: dict[Any, tuple[_Worker, ShardTask | None]]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from gradpursuit.config import EngineSection
@@ -52,7 +53,7 @@ class Session:
         return ray.cluster_resources().get("GPU", 0) > 0
 
     def workers(self, resources: Resources) -> int:
-        """How many workers there are to be now: as configured, or as many as there is room for.
+        """How many workers there are to be now: as many as there is room for, and not more than are configured.
 
         Raises:
             ConfigError: there is room for none.
@@ -66,8 +67,8 @@ class Session:
                 + "; ask for fewer cores"
             )
         if wanted > room:
-            logger.warning("engine.workers = %d, but there is room for %d now; the others wait", wanted, room)
-        return wanted
+            logger.warning("engine.workers = %d, but there is room for %d now", wanted, room)
+        return min(wanted, room)
 
 
 def _gpu_room(node: dict[str, float], gpus: int) -> list[float]:
@@ -86,7 +87,9 @@ def connected(engine: EngineSection) -> Iterator[Session]:
     """
     if engine.address is None:
         local_only()
-    ray = _import_ray()
+    require_ray()
+    import ray
+
     if ray.is_initialized():
         yield Session(engine)
         return
@@ -125,12 +128,14 @@ def local_only() -> None:
         os.environ.update(_ENVIRONMENT)
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
+def require_ray() -> None:
+    """Refuse to go on without Ray.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec("ray") is None:
         raise ConfigError(
             "engine.name = ray, but Ray is not installed; pip install 'gradpursuit[ray]', or leave --engine ray out to "
             "run on this machine alone"
-        ) from None
-    return ray
+        )

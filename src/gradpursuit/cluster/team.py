@@ -19,6 +19,7 @@ from gradpursuit.pursuit.rows import Float64Array
 
 logger = logging.getLogger("gradpursuit")
 _DEATHS = 3  # that the same part may have been owned through
+_PATIENCE = 60.0  # seconds without any answer after which it is said that there is none
 
 Ask = Callable[[Any, tuple[int, ...]], Any]  # (actor, numbers of parts) -> the reference of its answer
 
@@ -43,6 +44,7 @@ class Team:
     members: list[Member] = field(default_factory=list)
     lost: int = 0
     _begun: int = 0
+    _told: bool = False
 
     @classmethod
     def begin(cls, session: Session, count: int | None = None) -> Team:
@@ -78,6 +80,13 @@ class Team:
                 reason_of(why),
                 len(self.members),
             )
+
+    def tell_waiting(self, members: Sequence[Member]) -> None:
+        """Say once that there is no answer yet."""
+        if not self._told:
+            self._told = True
+            names = ", ".join(member.name for member in members)
+            logger.warning("no answer yet from %s; `ray status` tells whether the cluster has room for them", names)
 
     def __enter__(self) -> Team:
         return self
@@ -148,7 +157,11 @@ class Ownership:
         if together is None:
             send(range(len(self.parts)) if numbers is None else numbers)
         while pending:
-            (done,), _ = ray.wait(list(pending), num_returns=1)
+            finished, _ = ray.wait(list(pending), num_returns=1, timeout=_PATIENCE)
+            if not finished:
+                self.team.tell_waiting([member for member, _ in pending.values()])
+                continue
+            (done,) = finished
             member, mine = pending.pop(done)
             try:
                 answer = ray.get(done)

@@ -67,11 +67,6 @@ def _two_level(
 
     Returns it with the ids of its columns, and what is to be told of the parts.
     """
-    if not hasattr(matrix, "winners"):
-        raise SelectionError(
-            f"pursuit.parts = {parts}: parts of the pool are pursued where they lie, on workers; say --engine ray, "
-            "without pursuit.subspace, or leave parts out"
-        )
     share = min(k, 2 * math.ceil(k / parts))
     ids: NDArray[np.int64] = matrix.winners(target, share, parts, settings)
     require_support(ids)
