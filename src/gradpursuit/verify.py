@@ -21,6 +21,7 @@ from gradpursuit.gradient_stage import (
 from gradpursuit.gradients.filling import StoreFiller
 from gradpursuit.gradients.recompute import Difference, recompute, worst
 from gradpursuit.pipeline import Run
+from gradpursuit.remote import is_remote
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import targets
 
@@ -152,5 +153,6 @@ def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -
 
 def _name(run: Run, folder: Path) -> str:
     """Of a store: its path in the run folder, or where else it lies."""
-    inside = folder.is_relative_to(run.folder)
-    return folder.relative_to(run.folder).as_posix().replace("gradients/", "") if inside else str(folder)
+    if is_remote(folder) or not folder.is_relative_to(run.folder):
+        return str(folder)
+    return folder.relative_to(run.folder).as_posix().replace("gradients/", "")

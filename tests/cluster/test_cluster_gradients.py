@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -173,8 +174,9 @@ def test_a_driver_that_is_killed_goes_on_and_ends_with_the_selection_of_one_mach
     for strategy in ("gtp", "less", "random"):
         path = Path("selection") / strategy / "selected.jsonl"
         assert (folder / path).read_text() == (warm.folder / "whole" / path).read_text()
-    report = (folder / "report.json").read_text()
-    assert '"traffic"' in report
+    lines = {line["strategy"]: line for line in json.loads((folder / "report.json").read_text())["strategies"]}
+    assert len(lines["gtp"]["traffic"]["passes"]) > 1
+    assert "gtp was pursued on 1 worker in" in (folder / "report.html").read_text()
     assert "taking over the lock" in text
 
 
@@ -192,6 +194,8 @@ def test_features_in_s3_give_the_same_selection_and_the_key_is_written_nowhere(
     same_features(place(store), warm.folder / "whole" / "gradients")
     chosen = (run.folder / "selection" / "gtp" / "selected.jsonl").read_text()
     assert chosen == (warm.folder / "whole" / "selection" / "gtp" / "selected.jsonl").read_text()
+    made = [json.loads(one.report()[1].read_text()) for one in (remote, Run(moved(run.config, warm.folder / "whole")))]
+    assert made[0]["fit"]["strategies"] == pytest.approx(made[1]["fit"]["strategies"])
     # A shard that is damaged and one that is missing are made again, and no other.
     pool = GradientStore.open(place(store) / "pool" / "adam-symmetric")
     damaged, missing, whole = map(pool.path, [0, 0, 1], [0, 1, 2])
