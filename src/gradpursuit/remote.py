@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _SECRET_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_HEAD = 256 * 2**10  # bytes that hold the header of a shard and mostly all but its features
 _LEAST_SECRET = 8  # characters of a value of the environment that is taken for a secret
 
 
@@ -89,7 +90,7 @@ def without_secrets(message: str) -> str:
 
 
 class RemoteBytes:
-    """The bytes of a remote file, of which only the slices asked for are fetched.
+    """The bytes of a remote file, of which only the first and the slices asked for are fetched.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -100,6 +101,7 @@ class RemoteBytes:
         self._path: Any = path
         with reaching(path):
             self._length = int(self._path.stat().st_size)
+        self._head = _fetched(path, 0, min(_HEAD, self._length))
 
     def __len__(self) -> int:
         return self._length
@@ -110,21 +112,21 @@ class RemoteBytes:
         start, stop, _ = part.indices(self._length)
         if stop <= start:
             return np.empty(0, dtype=np.uint8)
-        with reaching(self._path):
-            found = np.frombuffer(self._path.fs.cat_file(self._path.path, start=start, end=stop), dtype=np.uint8)
-        if len(found) != stop - start:
-            raise ValueError(f"{len(found):,} of {stop - start:,} bytes came back")
-        return found
+        return self._head[start:stop] if stop <= len(self._head) else _fetched(self._path, start, stop)
+
+    def rows(self, start: int, dtype: np.dtype[Any], shape: tuple[int, int]) -> RemoteRows:
+        """The array [n, d] that begins at byte `start`, not fetched yet."""
+        return RemoteRows(self._path, start, dtype, shape)
 
 
 class RemoteRows:
-    """Rows [n, d] of a remote file that are fetched when they are sliced into an array, and not before.
+    """Rows [n, d] of a remote file that are fetched when they are made an array, and not before.
 
-    source: the file. start: where the first row begins in it. dtype, shape: of the array of all rows.
+    path: the file. start: where the first row begins in it. dtype, shape: of the array of all rows.
     """
 
-    def __init__(self, source: RemoteBytes, start: int, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
-        self._source, self._start = source, start
+    def __init__(self, path: Path, start: int, dtype: np.dtype[Any], shape: tuple[int, int]) -> None:
+        self._path, self._start = path, start
         self.dtype, self.shape, self.ndim = dtype, shape, 2
         self._row_bytes = shape[1] * dtype.itemsize
         self.nbytes = shape[0] * self._row_bytes
@@ -139,16 +141,26 @@ class RemoteRows:
             return row
         first, stop, _ = part.indices(len(self))
         start = self._start + first * self._row_bytes
-        return RemoteRows(self._source, start, self.dtype, (max(0, stop - first), self.shape[1]))
+        return RemoteRows(self._path, start, self.dtype, (max(0, stop - first), self.shape[1]))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         """Fetched."""
-        found = self._source[self._start : self._start + self.nbytes].view(self.dtype).reshape(self.shape)
+        found = _fetched(self._path, self._start, self._start + self.nbytes).view(self.dtype).reshape(self.shape)
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def astype(self, dtype: Any) -> NDArray[Any]:
         """Fetched, and converted."""
         return self.__array__().astype(dtype)
+
+
+def _fetched(path: Any, start: int, stop: int) -> NDArray[np.uint8]:
+    import numpy as np
+
+    with reaching(path):
+        found = np.frombuffer(path.fs.cat_file(path.path, start=start, end=stop), dtype=np.uint8)
+    if len(found) != stop - start:
+        raise ValueError(f"{len(found):,} of {stop - start:,} bytes came back")
+    return found
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.gradient_stage import Split, gradient_folder, read_run_trajectory, target_features, wanted_features
+from gradpursuit.remote import is_remote
 
 if TYPE_CHECKING:
     from gradpursuit.cluster import Team
@@ -51,12 +52,14 @@ def opened_problem(run: Run) -> Iterator[tuple[SelectionProblem, Any]]:
         yield load_problem(run, team)
 
 
-def load_problem(run: Run, team: Team | None = None) -> tuple[SelectionProblem, Any]:
+def load_problem(run: Run, team: Team | None = None, *, few: bool = False) -> tuple[SelectionProblem, Any]:
     """The selection problem of a run whose gradients are collected, for the target that is chosen for.
 
     Args:
         run: of the pool.
         team: who reads the pool's features; None: this process.
+        few: only a few rows of the pool will be read, so what does not lie on a disk is fetched when it is used, and
+            its checksums are not compared.
 
     Returns:
         The problem, and the positions in the pool's table of the rows it chooses from: all, but those without
@@ -70,7 +73,7 @@ def load_problem(run: Run, team: Team | None = None) -> tuple[SelectionProblem, 
     from gradpursuit.selection import SelectionProblem
 
     candidates, pool = choosable(run), _pool(run)
-    features = _features(run, pool, candidates, team)
+    features = _features(run, pool, candidates, team, few=few)
     if run.in_domain:
         target, rows, groups = features, pool.table.take([]), np.zeros(len(candidates), dtype=np.int64)
     else:
@@ -103,7 +106,7 @@ def _reader(run: Run) -> Callable[[Row], str]:
     return lambda row: str(tokenizer.decode(row.input_ids))
 
 
-def _features(run: Run, split: Split, rows: Any, team: Team | None = None) -> dict[str, Any]:
+def _features(run: Run, split: Split, rows: Any, team: Team | None = None, *, few: bool = False) -> dict[str, Any]:
     """The features of `rows` (positions in the split's table), by label; read by a team, or by this process."""
     import numpy as np
 
@@ -111,10 +114,11 @@ def _features(run: Run, split: Split, rows: Any, team: Team | None = None) -> di
 
     found: dict[str, Any] = {}
     for kind, store in split.stores(run).items():
-        places = np.searchsorted(store.kept(), rows)
-        columns = {name: store.column(name) for name in ("norm", "loss")}
+        kept, columns = store.columns("norm", "loss")
+        places = np.searchsorted(kept, rows)
         if team is None:
-            found[kind.label] = TrajectoryFeatures(store.features(), columns).take(places)
+            blocks = store.features(verify=not (few and is_remote(store.folder)))
+            found[kind.label] = TrajectoryFeatures(blocks, columns).take(places)
         else:
             found[kind.label] = _on_workers(team, store, rows, {name: one[:, places] for name, one in columns.items()})
     return found

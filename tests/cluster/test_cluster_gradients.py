@@ -25,7 +25,8 @@ from gradpursuit.config import EngineSection, RunConfig, load_config
 from gradpursuit.errors import RunError, TrajectoryError
 from gradpursuit.gradient_stage import collector, splits
 from gradpursuit.pipeline import Run
-from gradpursuit.remote import place
+from gradpursuit.remote import RemoteRows, place
+from gradpursuit.selection_problem import load_problem
 from gradpursuit.store import GradientStore
 from jobs import Job
 from server import Server
@@ -79,7 +80,8 @@ def same_features(folder: Path, whole: Path) -> None:
     assert len(labels) == 2
     for label in labels:
         found, expected = (GradientStore.open(f / "pool" / label) for f in (folder, whole))
-        assert found.ids() == expected.ids()
+        assert found.spec.ids == expected.spec.ids
+        np.testing.assert_array_equal(found.kept(), expected.kept())
         for ours, theirs in zip(found.features(), expected.features(), strict=True):
             left, right = (np.concatenate([np.asarray(block) for block in blocks]) for blocks in (ours, theirs))
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
@@ -167,16 +169,17 @@ def test_a_driver_that_is_killed_goes_on_and_ends_with_the_selection_of_one_mach
     command.signal(signal.SIGKILL)
     assert command.wait()[0] == -signal.SIGKILL
     before = finished(folder)
-    code, text = server.start(["run", str(folder / "config.yaml"), *on_ray], printed).wait()
+    code, text = server.start(["export", str(folder), *on_ray], printed).wait()
     assert code == 0, text
     assert before.items() <= finished(folder).items()
     same_features(folder / "gradients", warm.folder / "whole" / "gradients")
     for strategy in ("gtp", "less", "random"):
         path = Path("selection") / strategy / "selected.jsonl"
         assert (folder / path).read_text() == (warm.folder / "whole" / path).read_text()
-    lines = {line["strategy"]: line for line in json.loads((folder / "report.json").read_text())["strategies"]}
+    page, data = Run(load_config(folder / "config.yaml")).report()
+    lines = {line["strategy"]: line for line in json.loads(data.read_text())["strategies"]}
     assert len(lines["gtp"]["traffic"]["passes"]) > 1
-    assert "gtp was pursued on 1 worker in" in (folder / "report.html").read_text()
+    assert "gtp was pursued on 1 worker in" in page.read_text()
     assert "taking over the lock" in text
 
 
@@ -190,12 +193,15 @@ def test_features_in_s3_give_the_same_selection_and_the_key_is_written_nowhere(
     }
     remote = Run(moved(run.config, run.folder, **sections))
     remote.execute("export")
-    assert not (run.folder / "gradients").exists()
+    assert [path.name for path in (run.folder / "gradients").iterdir()] == ["dropped.jsonl"]
     same_features(place(store), warm.folder / "whole" / "gradients")
     chosen = (run.folder / "selection" / "gtp" / "selected.jsonl").read_text()
     assert chosen == (warm.folder / "whole" / "selection" / "gtp" / "selected.jsonl").read_text()
     made = [json.loads(one.report()[1].read_text()) for one in (remote, Run(moved(run.config, warm.folder / "whole")))]
     assert made[0]["fit"]["strategies"] == pytest.approx(made[1]["fit"]["strategies"])
+    fetched = load_problem(remote, few=True)[0].pool["adam-symmetric"].blocks[0][0].values
+    assert isinstance(fetched, RemoteRows)
+    assert fetched[1].tolist() == np.asarray(fetched)[1].tolist() == np.asarray(fetched[1:])[0].tolist()
     # A shard that is damaged and one that is missing are made again, and no other.
     pool = GradientStore.open(place(store) / "pool" / "adam-symmetric")
     damaged, missing, whole = map(pool.path, [0, 0, 1], [0, 1, 2])

@@ -50,8 +50,9 @@ def test_any_sharding_gives_the_same(team: Team, tmp_path: Path, shard_rows: int
     pool = Pool(tmp_path, shard_rows, dtype)
     rng = np.random.default_rng(shard_rows)
     owners = rng.integers(2 if dtype == "int8" else WORKERS, size=len(pool.parts())).tolist()
+    matrix, one = pool.on(team, owners), pool.matrix()
     for settings in ({}, {"max_coherence": 0.999, "alpha": 0.01}):
-        same(pool.pursue(pool.on(team, owners), **settings), pool.pursue(pool.matrix(), **settings))
+        same(pool.pursue(matrix, **settings), pool.pursue(one, **settings))
 
 
 def test_ties_are_broken_by_id_wherever_they_lie(team: Team, pool: Pool) -> None:
@@ -167,13 +168,13 @@ def test_a_worker_opens_its_own_shards_alone_and_forgets_what_nobody_looks_at(te
 
 
 def test_two_levels_pursue_what_each_part_chooses_alone(team: Team, pool: Pool) -> None:
-    matrix, one, settings = pool.on(team), pool.matrix(), {"alpha": 0.3, "max_coherence": None}
+    matrix, one, settings = pool.on(team), pool.matrix(), {"alpha": 0.3}
     given = np.repeat(shares([len(part.rows) for part in pool.parts()], 3), [len(part.rows) for part in pool.parts()])
     squares, expected = one.squared_norms(), []
     for group in range(3):
         ids = np.flatnonzero(given == group)
         alpha = 0.3 * squares.mean() / squares[ids].mean()
-        alone = GradientTrajectoryPursuit(16, alpha=alpha, max_coherence=None).fit(one.columns(ids), pool.target)
+        alone = GradientTrajectoryPursuit(16, alpha=alpha).fit(one.columns(ids), pool.target)
         expected += ids[alone.support_].tolist()
     found = matrix.winners(pool.target, 16, 3, settings)
     assert found.tolist() == sorted(expected)

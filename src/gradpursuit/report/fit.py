@@ -59,7 +59,7 @@ class Explainer:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._problem, self._candidates = load_problem(run)
+        self._problem, self._candidates = load_problem(run, few=True)
         self._kind = Preconditioner(run.config.gradients.preconditioner)
 
     @property

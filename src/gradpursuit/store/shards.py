@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ from safetensors.numpy import save
 
 from gradpursuit.errors import StoreError
 from gradpursuit.files import stored_bytes, write_atomic
-from gradpursuit.remote import RemoteBytes, RemoteRows
+from gradpursuit.remote import RemoteBytes
 from gradpursuit.store.encoding import DTYPES, Block
 from gradpursuit.store.spec import differences
 
@@ -213,7 +213,8 @@ class _Opened:
         if not isinstance(self._bytes, RemoteBytes):
             return _view(self._bytes[start:stop], "features", self.header["features"])
         dtype, shape = _type_of("features", self.header["features"])
-        return RemoteRows(self._bytes, start, dtype, (shape[0], shape[1]))  # type: ignore[return-value]
+        rows: Any = self._bytes.rows(start, dtype, (shape[0], shape[1]))
+        return cast("NDArray[Any]", rows)
 
     def _place(self, name: str) -> tuple[int, int]:
         """First and last byte of an array in the file."""

@@ -165,13 +165,14 @@ class GradientStore:
         Raises:
             StoreError: a shard is missing or broken, checkpoints hold different rows, or none is left.
         """
-        return np.concatenate([shard.row for shard in self._columns()[0]])
+        return self.columns()[0]
 
     def features(self, *, verify: bool = True) -> list[list[Block]]:
-        """Memory-mapped features of the kept rows: for each checkpoint blocks [n_s, d] with their scale, in row order.
+        """Features of the kept rows, memory-mapped: for each checkpoint blocks [n_s, d] with their scale, in row order.
 
         Args:
-            verify: read all bytes and check their sha256.
+            verify: read all bytes and check their sha256. What does not lie on a disk is then in memory; else it is
+                fetched when it is used.
 
         Raises:
             StoreError: as :meth:`kept`; the shard is named.
@@ -181,9 +182,17 @@ class GradientStore:
         ]
         return [[shard.block for shard in shards if len(shard.row)] for shards in self._agreeing(found)]
 
+    def columns(self, *names: str) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+        """:meth:`kept`, and `norm`, `loss` or `tokens` of these rows [T, n] by name."""
+        found = self._columns()
+        named = {
+            name: np.stack([np.concatenate([getattr(s, name) for s in shards]) for shards in found]) for name in names
+        }
+        return np.concatenate([shard.row for shard in found[0]]), named
+
     def column(self, name: str) -> NDArray[Any]:
         """`norm`, `loss` or `tokens` of the kept rows: [T, n]. Raises as :meth:`kept`."""
-        return np.stack([np.concatenate([getattr(s, name) for s in shards]) for shards in self._columns()])
+        return self.columns(name)[1][name]
 
     def verify(self) -> list[Problem]:
         """Everything that is wrong with the store, without stopping at the first; empty if it is complete and intact.
