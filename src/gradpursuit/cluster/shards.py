@@ -104,7 +104,7 @@ class ShardWorker:
         import numba
 
         os.environ["NUMBA_NUM_THREADS"] = str(threads)
-        numba.config.reload_config()  # type: ignore[attr-defined]  # it may have been imported before
+        numba.config.reload_config()  # it may have been imported before
         self._parts: dict[str, dict[int, Part]] = {}
         self._opened: dict[tuple[str, int], TrajectoryFeatures] = {}
         self._views: dict[tuple[str, str], dict[int, View]] = {}
