@@ -33,7 +33,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from gradpursuit.selection.features import TrajectoryFeatures
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.store import DTYPES, GradientStore, Shard, StoreSpec
 
 SHARD_ROWS = 512

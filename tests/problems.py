@@ -10,8 +10,8 @@ import numpy as np
 
 from gradpursuit.config import GradientsSection, PursuitSection
 from gradpursuit.data import Row
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.selection import SelectionProblem
-from gradpursuit.selection.features import TrajectoryFeatures
 
 Rows = Sequence[Sequence[float]]
 

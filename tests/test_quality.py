@@ -29,7 +29,7 @@ ORDER = {
     for level, names in enumerate(
         (
             ("errors", "progress", "__init__"),
-            ("tree",),
+            ("tree", "remote"),
             ("config", "files"),
             ("identity", "lock", "plugins", "hub", "sources"),
             ("live", "counting"),
@@ -39,9 +39,13 @@ ORDER = {
             ("store",),
             ("gradients",),
             ("pursuit",),
+            ("features",),
             ("selection",),
+            ("cluster",),
+            ("spread",),
             ("evaluation",),
             ("inputs", "gradient_stage"),
+            ("selection_problem",),
             ("comparison_stage", "export_stage"),
             ("report",),
             ("stages",),

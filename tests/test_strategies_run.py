@@ -15,9 +15,9 @@ from gradpursuit.cli import main
 from gradpursuit.config import load_config
 from gradpursuit.data import Table
 from gradpursuit.estimate import estimate
-from gradpursuit.gradient_stage import load_problem
 from gradpursuit.pipeline import Run
 from gradpursuit.selection import STRATEGIES, strategy
+from gradpursuit.selection_problem import load_problem
 from gradpursuit.store import GradientStore
 from jobs import Job
 

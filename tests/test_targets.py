@@ -344,7 +344,7 @@ def test_it_needs_the_gradients_of_the_run(run: Path, template: Job, capsys: pyt
 
 
 def test_leaving_rows_out_costs_no_copy_of_the_features(run: Path) -> None:
-    from gradpursuit.selection.features import TrajectoryFeatures
+    from gradpursuit.features import TrajectoryFeatures
 
     found = TrajectoryFeatures(GradientStore.open(run / "gradients/pool/adam-symmetric").features())
     rows = np.array([0, 1, 2, 5, 8, 9, 17, 30])

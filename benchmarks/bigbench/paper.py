@@ -15,10 +15,10 @@ from gradpursuit.comparison_stage import comparison_setting
 from gradpursuit.config import load_config
 from gradpursuit.evaluation.compare import Arm, Comparison
 from gradpursuit.files import write_atomic, write_json, write_text
-from gradpursuit.gradient_stage import load_problem
 from gradpursuit.pipeline import Run
 from gradpursuit.pursuit import GradientTrajectoryPursuit, NonNegativeOMP
 from gradpursuit.selection import Selection
+from gradpursuit.selection_problem import load_problem
 
 if TYPE_CHECKING:
     from run import Bench

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from gradpursuit.config import load_config
-from gradpursuit.gradient_stage import load_problem
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pipeline import Run
 from gradpursuit.pursuit import GradientTrajectoryPursuit, NonNegativeOMP
 from gradpursuit.selection import SelectionProblem
-from gradpursuit.selection.features import TrajectoryFeatures
+from gradpursuit.selection_problem import load_problem
 from gradpursuit.store.encoding import DTYPES, encode
 
 from .solving import ALPHA, Problem, compile_kernels, described, fitted

@@ -28,7 +28,11 @@ STAGE_VERBS = {
     "compare": ("evaluation", "report", "fine-tune on every selection, score held-out examples, write the report"),
 }
 NEXT = {"trajectory": "collect", "gradients": "select", "selection": "export", "export": "compare"}
-OVERRIDES = "every setting is also a flag that overrides the file: --selection.k 50, --seed 1"
+OVERRIDES = (
+    "every setting is also a flag that overrides the file: --selection.k 50, --seed 1; "
+    "on a Ray cluster: --engine ray [--address HOST:PORT]"
+)
+SHORT = {"--engine": "--engine.name", "--address": "--engine.address"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -347,7 +351,10 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words, overrides, rest = [], [], list(argv)
     while rest:
         word = rest.pop(0)
-        flag, equals, _ = word.partition("=")
+        flag, equals, value = word.partition("=")
+        if flag in SHORT:
+            flag = SHORT[flag]
+            word = flag + equals + value
         if not (flag.startswith("--") and "." in flag) and flag != "--seed":
             words.append(word)
         elif equals:

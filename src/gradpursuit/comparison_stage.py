@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.config import OWN, rows_of
 from gradpursuit.errors import SelectionError
-from gradpursuit.gradient_stage import choosable, load_problem, tuned_model
+from gradpursuit.gradient_stage import tuned_model
 from gradpursuit.manifest import SELECTION_FORMAT, digest_of
+from gradpursuit.selection_problem import choosable, opened_problem
 
 if TYPE_CHECKING:
     from gradpursuit.evaluation.compare import Arm, Setting
@@ -143,19 +144,16 @@ def _subsets(run: Run, k: int, folder: Path) -> Subsets:
     """Every strategy's subset of k; what was made before is read, the rest is made and kept in `folder`."""
     from gradpursuit.selection.export import read_selection, write_selection
 
-    pool, loaded, found = run.table("pool"), None, {}
-    for strategy in run.strategies():
-        if strategy.name not in compared(run):
-            continue
-        place = folder / f"{strategy.name}-{k}-{_fingerprint(run, strategy.name, k)[:12]}"
-        if not (place / "path.json").is_file():  # written last
-            problem, candidates = loaded = loaded or load_problem(run)
-            draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-            made = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-            write_selection(place, [one.within(candidates) for one in made], pool)
-            logger.info("%s: %d of %d examples chosen for %s", strategy.name, len(made[0].indices), k, folder.name)
-        found[strategy.name] = read_selection(place, pool)
-    return found
+    pool, wanted = run.table("pool"), [one for one in run.strategies() if one.name in compared(run)]
+    places = {one.name: folder / f"{one.name}-{k}-{_fingerprint(run, one.name, k)[:12]}" for one in wanted}
+    if lacking := [one for one in wanted if not (places[one.name] / "path.json").is_file()]:  # written last
+        with opened_problem(run) as (problem, candidates):
+            for strategy in lacking:
+                draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
+                made = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+                write_selection(places[strategy.name], [one.within(candidates) for one in made], pool)
+                logger.info("%s: %d of %d examples chosen for %s", strategy.name, len(made[0].indices), k, folder.name)
+    return {name: read_selection(place, pool) for name, place in places.items()}
 
 
 def _fingerprint(run: Run, strategy: str, k: int) -> str:

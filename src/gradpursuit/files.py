@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: written to `*.part`, renamed."""
+"""Files and folders that are either whole or not there: written to `*.part`, renamed; or put into an object store."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from gradpursuit.errors import GradPursuitError, RunError
+from gradpursuit.remote import RemoteBytes, is_remote, reaching, remove_remote, write_remote
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @contextmanager
@@ -24,6 +29,10 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
+    if is_remote(path):
+        with write_remote(path) as file:
+            yield file
+        return
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,11 +121,43 @@ def read_json(path: Path) -> Any:
         RunError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(bytes(stored_bytes(path)[:]) if is_remote(path) else path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: not there") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}; delete it and run the stage again") from None
+
+
+def stored_bytes(path: Path) -> NDArray[np.uint8] | RemoteBytes:
+    """The bytes of a file, to be sliced: memory-mapped on a disk, fetched slice by slice from elsewhere.
+
+    Raises:
+        OSError: it cannot be read.
+        RunError: it lies elsewhere and cannot be reached.
+    """
+    import numpy as np
+
+    return RemoteBytes(path) if is_remote(path) else np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def exists(path: Path) -> bool:
+    """Whether a file is there, on a disk or elsewhere.
+
+    Raises:
+        RunError: it lies elsewhere and cannot be reached.
+    """
+    if not is_remote(path):
+        return path.exists()
+    with reaching(path):
+        return path.exists()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder and all that is in it."""
+    if is_remote(folder):
+        remove_remote(folder)
+    else:
+        shutil.rmtree(folder)
 
 
 def sha256_of(path: Path) -> str:

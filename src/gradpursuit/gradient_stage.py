@@ -5,27 +5,27 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
 from gradpursuit.errors import StoreError, TrajectoryError
 from gradpursuit.plugins import registered
+from gradpursuit.remote import place, reaching
+from gradpursuit.spread import connection, filling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from gradpursuit.config import SelectionSection
-    from gradpursuit.data import Row, Table
+    from gradpursuit.data import Table
     from gradpursuit.gradients.collector import Collector, SignalCollector
     from gradpursuit.gradients.filling import StoreFiller
     from gradpursuit.gradients.forward import Signal
     from gradpursuit.gradients.preconditioner import Preconditioner
     from gradpursuit.pipeline import Run
-    from gradpursuit.selection import SelectionProblem
     from gradpursuit.store import GradientStore
     from gradpursuit.trajectory.checkpoint import Checkpoint
 
@@ -130,21 +130,36 @@ def _distinct(kinds: Iterable[FeatureKind | None]) -> list[FeatureKind]:
 
 def splits(run: Run) -> list[Split]:
     """The run's own target and its pool."""
-    folder = run.folder / "gradients"
+    folder = gradient_folder(run)
     return [Split(name, run.table(name), kinds, folder / name) for name, kinds in wanted_features(run).items()]
+
+
+def gradient_folder(run: Run, target: str | None = None) -> Path:
+    """Where the stores of a run, or of a target added to it, lie: in its folder, or where `gradients.store` says.
+
+    Raises:
+        ConfigError: `gradients.store` cannot be reached with what is installed.
+    """
+    added = ("targets", target) if target else ()
+    store = run.config.gradients.store
+    return place(store).joinpath(*added) if store else run.folder.joinpath(*added, "gradients")
 
 
 def collect_gradients(run: Run) -> dict[str, Any]:
     """The stage."""
     made = splits(run)
-    dropped = collect(run, made)
+    dropped = collect(run, made, run.folder)
     return {"features": [kind.label for kind in made[-1].kinds], "dropped": dropped}
 
 
-def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
+def collect(run: Run, wanted: Sequence[Split], folder: Path) -> dict[str, int]:
     """Compute the features of splits, one after the other, along the trajectory of a run.
 
-    Rows without a feature are listed, with the reason, in `dropped.jsonl` beside the stores.
+    Args:
+        run: of the trajectory.
+        wanted: the splits.
+        folder: of the run or the added target that they belong to; rows without a feature are listed there, with the
+            reason, in `gradients/dropped.jsonl`.
 
     Returns:
         How many rows were dropped, by split and reason.
@@ -160,23 +175,25 @@ def collect(run: Run, wanted: Sequence[Split]) -> dict[str, int]:
         for store in made.collect(split.name, split.table, kinds, split.folder).values():
             dropped[split.name].update(store.dropped())
 
-    if any(split.gradients for split in wanted):
-        with collector(run) as made:
-            for split in wanted:
-                if split.gradients:
-                    fill(split, made, split.gradients)
-    if any(split.signals for split in wanted):
-        with signal_collector(run) as forward:
-            for split in wanted:
-                for signal in split.signals:
-                    fill(split, forward, [signal])
-    records: dict[Path, list[dict[str, Any]]] = {split.folder.parent: [] for split in wanted}
-    for split in wanted:
-        for row, reason in sorted(dropped[split.name].items()):
-            records[split.folder.parent].append(drop_record(split.name, split.table[row], reason))
-    for folder, lines in records.items():
-        write_text(folder / "dropped.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    reasons = Counter(f"{line['split']}: {line['reason']}" for lines in records.values() for line in lines)
+    with connection(run):
+        if any(split.gradients for split in wanted):
+            with filling(run, collector) as made:
+                for split in wanted:
+                    if split.gradients:
+                        fill(split, made, split.gradients)
+        if any(split.signals for split in wanted):
+            with filling(run, signal_collector) as forward:
+                for split in wanted:
+                    for signal in split.signals:
+                        fill(split, forward, [signal])
+    lines = [
+        drop_record(split.name, split.table[row], reason)
+        for split in wanted
+        for row, reason in sorted(dropped[split.name].items())
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(folder / "gradients" / "dropped.jsonl", text)
+    reasons = Counter(f"{line['split']}: {line['reason']}" for line in lines)
     for reason, count in reasons.items():
         logger.warning("no features for %d rows of %s; they are left out and listed in dropped.jsonl", count, reason)
     return dict(reasons)
@@ -252,87 +269,6 @@ def checkpoint_count(run: Run) -> int:
     return len(run.inputs.checkpoints) or run.config.warmup.checkpoints
 
 
-def kept_rows(run: Run, split: Split) -> Any:
-    """Positions of the rows of a split that have features in all its stores, int64 ascending; None without stores."""
-    import numpy as np
-
-    kept = [store.kept() for store in split.stores(run).values()]
-    return reduce(np.intersect1d, kept) if kept else None
-
-
-def choosable(run: Run) -> Any:
-    """Positions in the pool's table of the rows that can be chosen: with features, and no repetition of the target."""
-    import numpy as np
-
-    kept = kept_rows(run, _pool(run))
-    return run.candidates() if kept is None else np.intersect1d(run.candidates(), kept)
-
-
-def _pool(run: Run) -> Split:
-    return Split("pool", run.table("pool"), wanted_features(run)["pool"], run.folder / "gradients" / "pool")
-
-
-def load_problem(run: Run) -> tuple[SelectionProblem, Any]:
-    """The selection problem of a run whose gradients are collected, for the target that is chosen for.
-
-    Returns:
-        The problem, and the positions in the pool's table of the rows it chooses from: all, but those without
-        features and those that repeat a row of a target added later.
-
-    Raises:
-        StoreError: a store is incomplete, damaged or made with other settings.
-    """
-    import numpy as np
-
-    from gradpursuit.selection import SelectionProblem
-
-    candidates, pool = choosable(run), _pool(run)
-    features = _features(run, pool, candidates)
-    if run.in_domain:
-        target, rows, groups = features, pool.table.take([]), np.zeros(len(candidates), dtype=np.int64)
-    else:
-        own = run.target_folder / "gradients" / "target"
-        split = Split("target", run.target_table("target"), target_features(run), own)
-        kept = kept_rows(run, split)
-        target, rows = _features(run, split, kept), split.table if kept is None else split.table.take(kept.tolist())
-        groups = np.unique([row.source for row in rows], return_inverse=True)[1].astype(np.int64)
-    settings = run.settings
-    return SelectionProblem(
-        ids=[pool.table[i].id for i in candidates.tolist()],
-        pool=features,
-        target=target,
-        groups=groups,
-        rates=np.array([c.learning_rate for c in read_run_trajectory(run)]),
-        gradients=settings.gradients,
-        pursuit=settings.pursuit,
-        options=settings.options,
-        rows=pool.table.take(candidates.tolist()),
-        target_rows=rows,
-        text=_reader(run) if any(strategy.needs(settings).text for strategy in run.strategies()) else None,
-    ), candidates
-
-
-def _reader(run: Run) -> Callable[[Row], str]:
-    """What gives the text of a row back, as it was rendered."""
-    from gradpursuit.trajectory.model import load_tokenizer
-
-    tokenizer = load_tokenizer(run.config.model)
-    return lambda row: str(tokenizer.decode(row.input_ids))
-
-
-def _features(run: Run, split: Split, rows: Any) -> dict[str, Any]:
-    """The features of `rows` (positions in the split's table), by label."""
-    import numpy as np
-
-    from gradpursuit.selection.features import TrajectoryFeatures
-
-    found = {}
-    for kind, store in split.stores(run).items():
-        columns = {name: store.column(name) for name in ("norm", "loss")}
-        found[kind.label] = TrajectoryFeatures(store.features(), columns).take(np.searchsorted(store.kept(), rows))
-    return found
-
-
 def gradients_plan(run: Run) -> dict[str, Any]:
     """The stores that the stage is going to write: labels by split, and of `signals` by split; what a target needs."""
     found = {split.name: split for split in splits(run)}
@@ -349,18 +285,19 @@ def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:
     rows, plan = run.manifest.entry("data").get("detail", {}).get("rows"), run.manifest.entry("gradients").get("plan")
     if not rows or not plan:
         return {}
-    settings, folder, count = run.config.gradients, run.folder / "gradients", checkpoint_count(run)
+    settings, folder, count = run.config.gradients, gradient_folder(run), checkpoint_count(run)
     shards = {"shard_rows": settings.shard_rows}
     trained = {**shards, "trajectory": run.manifest.entry("trajectory").get("fingerprint")}
     sketched = {**trained, "dim": settings.dim, "dtype": settings.store_dtype}
     found = {}
-    for name in ("target", "pool"):
-        if labels := plan[name]:
-            found[f"gradients of the {name}"] = finished_rows(folder / name, labels, sketched), rows[name] * count
-        for label in plan["signals"][name]:
-            along = label == "el2n"
-            finished = finished_rows(folder / name, [label], trained if along else shards)
-            found[f"{label} of the {name}"] = finished, rows[name] * (count + 1 if along else 1)
+    with reaching(folder):
+        for name in ("target", "pool"):
+            if labels := plan[name]:
+                found[f"gradients of the {name}"] = finished_rows(folder / name, labels, sketched), rows[name] * count
+            for label in plan["signals"][name]:
+                along = label == "el2n"
+                finished = finished_rows(folder / name, [label], trained if along else shards)
+                found[f"{label} of the {name}"] = finished, rows[name] * (count + 1 if along else 1)
     return found
 
 

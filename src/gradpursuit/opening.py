@@ -8,6 +8,7 @@ from pathlib import Path
 from gradpursuit.config import RunConfig, load_config
 from gradpursuit.errors import RunError
 from gradpursuit.lock import holder
+from gradpursuit.remote import located as located_place
 from gradpursuit.sources import located
 
 
@@ -71,6 +72,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update=absolute),
+            "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,6 +21,7 @@ from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import SELECTION_FORMAT, Manifest, State, digest_of
 from gradpursuit.plugins import used_distributions
+from gradpursuit.spread import check_engine
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target, targets
 
@@ -53,6 +54,10 @@ class Run:
         self.manifest = Manifest(self.folder)
         self.lock = RunLock(self.folder)
         self.inputs = Inputs(config, self.folder, self.manifest, quick=quick)
+
+    def __reduce__(self) -> tuple[Any, tuple[RunConfig]]:
+        """Sent to another machine, it is opened there anew."""
+        return partial(Run, quick=self.quick), (self.config,)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
@@ -365,6 +370,7 @@ def check(run: Run) -> None:
 
     config = run.config
     check_strategies(config)
+    check_engine(config)
     Compute.of(config.model)
     if config.warmup.trajectory and not run.inputs.trajectory_is_gone:
         from gradpursuit.trajectory.imported import check_trajectory

@@ -14,15 +14,16 @@ from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.export_stage import EXPORT_FILES, EXPORT_FOLDER, export
 from gradpursuit.files import require_space
 from gradpursuit.gradient_stage import (
-    choosable,
     collect_gradients,
+    gradient_folder,
     gradients_intact,
     gradients_plan,
-    load_problem,
     read_run_trajectory,
     splits,
     tuned_model,
 )
+from gradpursuit.remote import is_remote
+from gradpursuit.selection_problem import choosable, opened_problem
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -135,14 +136,16 @@ def _check_collecting(run: Run) -> None:
         raise NoMomentsError(
             f"selection.strategies: {', '.join(names)} by Adam's moments, which the trajectory has not: {reasons[0]}"
         )
-    settings, needed = run.config.gradients, 0
+    settings, folder, needed = run.config.gradients, gradient_folder(run), 0
+    if is_remote(folder):  # how much room there is cannot be asked
+        return
     for split in splits(run):
         ids = tuple(split.table.ids)
         whole = StoreSpec(ids, len(checkpoints), settings.dim, settings.store_dtype, settings.shard_rows, {}).nbytes
         for kind in split.gradients:  # in place of what is there of it
             present = sum(path.stat().st_size for path in (split.folder / kind.label).rglob("*.safetensors"))
             needed += max(0, whole - present)
-    require_space(run.folder / "gradients", needed, "the gradient store")
+    require_space(folder, needed, "the gradient store")
 
 
 def _check_budget(run: Run) -> None:
@@ -160,17 +163,18 @@ def _check_budget(run: Run) -> None:
 def _selection(run: Run) -> dict[str, Any]:
     from gradpursuit.selection.export import write_selection
 
-    pool, (problem, candidates) = run.table("pool"), load_problem(run)
-    k, seconds = run.budget(pool), {}
-    for strategy in run.strategies():
-        start = time.monotonic()
-        draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-        found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-        chosen = [selection.within(candidates) for selection in found]
-        seconds[strategy.name] = round(time.monotonic() - start, 3)
-        write_selection(run.folder / "selection" / strategy.name, chosen, pool)
-        logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
-        _tell_saturation(strategy.name, chosen[0], k)
+    pool, seconds = run.table("pool"), {}
+    k = run.budget(pool)
+    with opened_problem(run) as (problem, candidates):
+        for strategy in run.strategies():
+            start = time.monotonic()
+            draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
+            found = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
+            chosen = [selection.within(candidates) for selection in found]
+            seconds[strategy.name] = round(time.monotonic() - start, 3)
+            write_selection(run.folder / "selection" / strategy.name, chosen, pool)
+            logger.info("%s: %d examples in %.2f s", strategy.name, len(chosen[0].indices), seconds[strategy.name])
+            _tell_saturation(strategy.name, chosen[0], k)
     rows = {"pool": len(candidates), **{name: len(run.target_table(name)) for name in ("target", "heldout")}}
     return {"k": k, "target": run.config.selection.target, "rows": rows, "seconds": seconds}
 

@@ -279,7 +279,7 @@ def _trained_on(run: Run, target: Target) -> int:
 
 def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> dict[str, Any]:
     from gradpursuit.data import Table
-    from gradpursuit.gradient_stage import Split, collect, target_features
+    from gradpursuit.gradient_stage import Split, collect, gradient_folder, target_features
 
     kinds = target_features(run)
     labels = [kind.label for kind in kinds]
@@ -287,5 +287,5 @@ def _collect(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> 
         labels += [label for label in target.features if label not in labels]
     target.manifest.begin("gradients", fingerprint, run.config.seed, {"target": labels})
     rows = Table.read(target.folder / "data" / "target.parquet")
-    collect(run, [Split("target", rows, kinds, target.folder / "gradients" / "target")])
+    collect(run, [Split("target", rows, kinds, gradient_folder(run, target.name) / "target")], target.folder)
     return {"features": labels}

@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from gradpursuit.errors import ConfigError, GradPursuitError, StoreError
-from gradpursuit.gradient_stage import Split, collector, signal_collector, splits, store_problems, target_features
+from gradpursuit.gradient_stage import (
+    Split,
+    collector,
+    gradient_folder,
+    signal_collector,
+    splits,
+    store_problems,
+    target_features,
+)
 from gradpursuit.gradients.filling import StoreFiller
 from gradpursuit.gradients.recompute import Difference, recompute, worst
 from gradpursuit.pipeline import Run
+from gradpursuit.remote import is_remote
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import targets
 
@@ -109,7 +119,7 @@ def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
         except GradPursuitError as error:
             problems.append(str(error))
             continue
-        folder = target.folder / "gradients" / "target"
+        folder = gradient_folder(run, target.name) / "target"
         yield Split(f"target '{target.name}'", table, target_features(run), folder)
 
 
@@ -126,8 +136,7 @@ def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -
             return
         for kind, store in stores.items():
             differences = found[kind.label]
-            name = store.folder.relative_to(run.folder).as_posix().replace("gradients/", "")
-            checks.append(StoreCheck(name, store.spec.dtype, len(differences), worst(differences)))
+            checks.append(StoreCheck(_name(run, store.folder), store.spec.dtype, len(differences), worst(differences)))
 
     if any(split.gradients for split in sound):
         with collector(run) as made:
@@ -140,3 +149,10 @@ def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -
                 for signal in split.signals:
                     again(forward, split, [signal])
     return checks
+
+
+def _name(run: Run, folder: Path) -> str:
+    """Of a store: its path in the run folder, or where else it lies."""
+    if is_remote(folder) or not folder.is_relative_to(run.folder):
+        return str(folder)
+    return folder.relative_to(run.folder).as_posix().replace("gradients/", "")

@@ -7,8 +7,8 @@ import pytest
 
 from gradpursuit.config import GradientsSection, PursuitSection
 from gradpursuit.errors import ConfigError, SelectionError
+from gradpursuit.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.selection import STRATEGIES, SelectionProblem, derive_seed, strategy
-from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.selection.less import LESS
 from gradpursuit.store import DTYPES
 from gradpursuit.store.encoding import encode

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from gradpursuit.config import PursuitSection
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.selection import SelectionProblem, strategy
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.selection.subspace import SAMPLE, projected, subspace
 from problems import problem, trajectory
 

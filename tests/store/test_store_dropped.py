@@ -11,7 +11,7 @@ import pytest
 
 from gradpursuit.errors import StoreError
 from gradpursuit.store import DTYPES, GradientStore
-from gradpursuit.store import store as store_module
+from gradpursuit.store import folder as folder_module
 from stores import SPEC, filled, shard
 
 NAN, MEMORY = "the loss is nan", "out of memory"
@@ -93,7 +93,7 @@ def test_exclude_interrupted_then_repeated_ends_with_the_same_bytes(
     whole = uneven(tmp_path / "whole")
     whole.exclude(whole.dropped())
     store = uneven(tmp_path / "s")
-    left, write = [survived], store_module.write_shard
+    left, write = [survived], folder_module.write_shard
 
     def write_until_killed(*args: Any) -> None:
         if not left[0]:
@@ -101,7 +101,7 @@ def test_exclude_interrupted_then_repeated_ends_with_the_same_bytes(
         left[0] -= 1
         write(*args)
 
-    monkeypatch.setattr(store_module, "write_shard", write_until_killed)
+    monkeypatch.setattr(folder_module, "write_shard", write_until_killed)
     with pytest.raises(KeyboardInterrupt):
         store.exclude(store.dropped())
     monkeypatch.undo()

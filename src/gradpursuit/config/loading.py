@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from gradpursuit.config.sections import RunConfig
+from gradpursuit.config.values import SECRET
 from gradpursuit.errors import ConfigError, nearest
 from gradpursuit.tree import apply_overrides, read_tree
 
@@ -69,6 +70,8 @@ def _explain(item: dict[str, Any], root: type[BaseModel], within: str = "") -> s
     keys = [str(part) for part in item["loc"]]
     above = [within] if within else []
     key = ".".join([*above, *keys])
+    if item["type"] == SECRET:
+        return f"'{key}': {item['msg']}"
     if item["type"] == "extra_forbidden":
         section = _section_at(root, keys[:-1])
         parent = ".".join([*above, *keys[:-1]])

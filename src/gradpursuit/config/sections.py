@@ -10,7 +10,19 @@ import yaml
 from pydantic import Field, field_validator, model_validator
 
 from gradpursuit.config.data import DataSection
-from gradpursuit.config.values import OWN, Budget, Fraction, Names, Number, Section, Whole, listed, target_name
+from gradpursuit.config.values import (
+    OWN,
+    Budget,
+    Fraction,
+    Names,
+    Number,
+    Section,
+    Whole,
+    listed,
+    target_name,
+    without_secrets,
+)
+from gradpursuit.remote import is_url
 
 PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identity"]
 
@@ -114,6 +126,16 @@ class GradientsSection(Section):
         0.01, ge=0, le=1, description="share of the rows that may have no gradient (not finite, or too long for memory)"
     )
     shard_rows: Whole = Field(512, ge=1, le=4096, description="rows per shard: what a killed run can lose")
+    store: str | None = Field(
+        None,
+        description="where the features are kept: a folder, or a URL that fsspec knows, such as s3://bucket/my-run; "
+        "null: in the run folder. Keys come from the environment, never from the URL",
+    )
+
+    @field_validator("store")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        return without_secrets(value, "the URL of the store") if value and is_url(value) else value
 
 
 class MatchingSection(Section):
@@ -151,6 +173,12 @@ class PursuitSection(MatchingSection):
     )
     max_coherence: Number | None = Field(
         0.999, gt=0, le=1, description="examples whose features have at least this cosine are copies"
+    )
+    parts: Whole = Field(
+        1,
+        ge=1,
+        description="above 1, on Ray: the pool is cut into so many parts, each is pursued by itself, and then the "
+        "winners of all; one round of communication, not the exact answer",
     )
 
 
@@ -242,6 +270,30 @@ class EvaluationSection(Section):
         return [name if name == OWN else target_name(name) for name in value]
 
 
+class EngineSection(Section):
+    """Where gradients and pursuits are computed; what they give does not depend on it."""
+
+    name: Literal["local", "ray"] = Field("local", description="this process, or workers of a Ray cluster")
+    address: str | None = Field(
+        None,
+        description="host:port of the cluster's head, or 'auto' for the one that runs on this machine; null: start one "
+        "on this machine, for this command alone",
+    )
+    workers: Whole | None = Field(None, ge=1, description="worker processes; null: as many as there is room for")
+    cpus: Whole = Field(1, ge=1, description="cores of each worker")
+
+    @field_validator("address")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        return value if value is None else without_secrets(value, "the address")
+
+    @model_validator(mode="after")
+    def _address_of_a_cluster(self) -> EngineSection:
+        if self.address is not None and self.name == "local":
+            raise ValueError("address is given, but name is 'local': say --engine ray")
+        return self
+
+
 class RunConfig(Section):
     """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
 
@@ -254,6 +306,7 @@ class RunConfig(Section):
     pursuit: PursuitSection = PursuitSection()
     selection: SelectionSection = SelectionSection()
     evaluation: EvaluationSection = EvaluationSection()
+    engine: EngineSection = EngineSection()
 
     @model_validator(mode="after")
     def _compared_strategies_are_selected(self) -> RunConfig:

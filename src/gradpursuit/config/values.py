@@ -9,6 +9,11 @@ from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic_core import PydanticCustomError
+
+from gradpursuit.remote import require_no_secrets
+
+SECRET = "secret"  # the type of an error whose value is not repeated
 
 
 def _no_truth_value(value: Any) -> Any:
@@ -31,6 +36,14 @@ Names = Annotated[list[str], BeforeValidator(listed)]
 Whole = Annotated[int, Strict()]  # without it `true` would be 1 and `2.0` would be 2
 Number = Annotated[float, BeforeValidator(_no_truth_value)]  # not strict: YAML takes 2e-4 for text
 Fraction = Annotated[Number, Field(gt=0, le=1)]
+
+
+def without_secrets(value: str, what: str) -> str:
+    """`value`, a URL or an address, if it carries no credentials."""
+    try:
+        return require_no_secrets(value, what)
+    except ValueError as error:
+        raise PydanticCustomError(SECRET, "{reason}", {"reason": str(error)}) from None
 
 
 def _budget(value: Any) -> Any:

@@ -53,7 +53,7 @@ class Collector(StoreFiller[Preconditioner]):
             **spec.origin,
             **identity(table, kind),
             "projection": self._sketch.describe(),
-            "precision": {"autocast": self._precision, "tokens_per_batch": spec.tokens_per_batch},
+            "precision": {"autocast": self.precision, "tokens_per_batch": spec.tokens_per_batch},
         }
         return StoreSpec(tuple(table.ids), len(self._checkpoints), spec.dim, spec.dtype, spec.shard_rows, origin)
 
@@ -96,7 +96,7 @@ class SignalCollector(StoreFiller[Signal]):
         origin: dict[str, Any] = {
             **signal_origin(spec.origin, kind),
             **identity(table, kind),
-            "precision": {"autocast": self._precision, "tokens_per_batch": spec.tokens_per_batch},
+            "precision": {"autocast": self.precision, "tokens_per_batch": spec.tokens_per_batch},
         }
         points = 1 + len(self._checkpoints) if kind.along else 1
         width = ForwardEngine(self._model, self._where, kind, spec.tokens_per_batch).widths[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -12,8 +12,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import torch
 
-from gradpursuit.data import Table
+from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradientError
+from gradpursuit.files import exists
 from gradpursuit.gradients.engine import Computed, RowEngine
 from gradpursuit.progress import Progress
 from gradpursuit.store import GradientStore, Shard, StoreSpec
@@ -55,6 +56,16 @@ class Kind(Protocol):
 
 
 KindT = TypeVar("KindT", bound=Kind)
+Todo = Mapping[tuple[int, int], Sequence[KindT]]  # (checkpoint, shard) -> the kinds whose stores lack it
+
+
+class Fill(Protocol):
+    """What computes and writes shards."""
+
+    def __call__(
+        self, table: Table, stores: Mapping[Any, GradientStore], todo: Todo[Any], advance: Callable[[int], None]
+    ) -> Iterator[Mapping[int, str]]:
+        """Write the shards `todo`, telling `advance` of rows as they are done; of each shard the dropped rows."""
 
 
 class StoreFiller(ABC, Generic[KindT]):
@@ -63,11 +74,16 @@ class StoreFiller(ABC, Generic[KindT]):
     Args:
         compute: device and precision.
         spec: sizes, seeds and origin.
+
+    Attributes:
+        fill: who computes and writes shards; this process, unless it is set to something else.
+        precision: of the model's passes, float32 or bfloat16.
     """
 
     def __init__(self, compute: Compute, spec: CollectSpec) -> None:
+        self.fill: Fill = self._fill_here
         self._where, self.spec = compute, spec
-        self._precision = str(compute.autocast or torch.float32).removeprefix("torch.")
+        self.precision = str(compute.autocast or torch.float32).removeprefix("torch.")
 
     @abstractmethod
     def at(self, checkpoint: int, wanted: Sequence[KindT]) -> RowEngine:
@@ -106,7 +122,7 @@ class StoreFiller(ABC, Generic[KindT]):
             if (lacking := [kind for kind, store in stores.items() if not store.has(t, s)])
         }
         finished = [
-            store.read(t, s).dropped
+            store.shards.columns(t, s).dropped
             for t in checkpoints
             for s in range(len(shards))
             for kind, store in stores.items()
@@ -124,25 +140,42 @@ class StoreFiller(ABC, Generic[KindT]):
         name: str,
         table: Table,
         stores: Mapping[KindT, GradientStore],
-        todo: Mapping[tuple[int, int], list[KindT]],
+        todo: Todo[KindT],
         dropped: dict[int, str],
     ) -> None:
-        """Fill the shards `todo`, (checkpoint, shard) to the kinds whose stores lack it; add to `dropped`."""
+        """Fill the shards `todo`; add to `dropped`."""
         spec = next(iter(stores.values())).spec
         shards, total = spec.shards(), len(table) * spec.checkpoints
         done = total - sum(len(shards[s]) for _, s in todo)
         with Progress(self.progress_name(name, list(stores)), total, "rows", done) as progress:
-            for t in range(spec.checkpoints):
-                here = {s: lacking for (at, s), lacking in todo.items() if at == t}
-                if not here:
-                    continue
-                for s, lacking in here.items():
-                    found = self.at(t, lacking).compute([table[i] for i in shards[s]], progress.update)
-                    for kind, shard in zip(lacking, _as_shards(found, shards[s]), strict=True):
-                        stores[kind].write(t, s, shard)
-                    if found.dropped:
-                        dropped.update({shards[s][i]: reason for i, reason in found.dropped.items()})
-                        self._refuse_too_many(table, stores, dropped)
+            for found in self.fill(table, stores, todo, progress.update):
+                if found:
+                    dropped.update(found)
+                    self._refuse_too_many(table, stores, dropped)
+
+    def _fill_here(
+        self, table: Table, stores: Mapping[KindT, GradientStore], todo: Todo[KindT], advance: Callable[[int], None]
+    ) -> Iterator[Mapping[int, str]]:
+        shards = next(iter(stores.values())).spec.shards()
+        for (t, s), lacking in todo.items():
+            made = self.shards(t, lacking, [table[i] for i in shards[s]], shards[s], advance)
+            for kind, shard in zip(lacking, made, strict=True):
+                stores[kind].write(t, s, shard)
+            yield made[0].dropped
+
+    def shards(
+        self,
+        checkpoint: int,
+        wanted: Sequence[KindT],
+        rows: Sequence[Row],
+        numbers: range,
+        advance: Callable[[int], None],
+    ) -> list[Shard]:
+        """The shards of `rows` at a checkpoint (from 0), one for each of `wanted`.
+
+        numbers: of the rows in the table. advance: told how many more rows are done.
+        """
+        return _as_shards(self.at(checkpoint, wanted).compute(rows, advance), numbers)
 
     def _settle(self, table: Table, stores: Mapping[KindT, GradientStore]) -> None:
         """All checkpoints of all stores must hold the same rows."""
@@ -161,7 +194,7 @@ class StoreFiller(ABC, Generic[KindT]):
             "every row so far is affected, so look at the model's weights and at warmup.learning_rate"
             if len(dropped) == _rows_seen(next(iter(stores.values())))
             else "remove these rows, or raise gradients.max_dropped"
-            + (", or try model.precision: float32" if self._precision != "float32" else "")
+            + (", or try model.precision: float32" if self.precision != "float32" else "")
         )
         raise GradientError(
             f"{len(dropped)} of {len(table)} rows have no gradient, more than gradients.max_dropped = "
@@ -173,7 +206,7 @@ def _rows_seen(store: GradientStore) -> int:
     """Rows of the shards that are there at any checkpoint."""
     checkpoints = range(store.spec.checkpoints)
     return sum(
-        len(rows) for s, rows in enumerate(store.spec.shards()) if any(store.path(t, s).exists() for t in checkpoints)
+        len(rows) for s, rows in enumerate(store.spec.shards()) if any(exists(store.path(t, s)) for t in checkpoints)
     )
 
 

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from gradpursuit.pursuit.held import HeldColumns
 from gradpursuit.pursuit.matrix import Float64Array, IntArray
+from gradpursuit.pursuit.ranking import Ranked
 
 _SAME = 1.0 - 1e-12  # the cosine of an atom with itself may fall short of 1 by rounding
 _NO_IDS: IntArray = np.empty(0, dtype=np.int64)
@@ -51,33 +52,31 @@ class CandidatePool:
         self._available[ids] = False
         self.taken = np.concatenate([self.taken, ids])
 
-    def draw(self, scores: Float64Array, support: IntArray, count: int, least: Float64Array) -> IntArray:
-        """Up to `count` distinct atoms outside `support` with scores [N] above `least` [N], best first.
+    def excluded(self, support: IntArray) -> IntArray:
+        """The atoms that may not be drawn: taken, set aside, or of `support`."""
+        return np.union1d(np.flatnonzero(~self._available), support)
+
+    def draw(self, ranking: Ranked, support: IntArray, count: int) -> IntArray:
+        """Up to `count` distinct atoms, the best of a ranking that has none of :meth:`excluded`.
 
         They are held afterwards, together with `support` and the taken atoms.
         """
-        ranked = self._ranked(scores, support, least)
         protected = np.concatenate([self.taken, support])
         self._held.load(protected)
-        drawn, seen = _NO_IDS, 0
-        while drawn.size < count and seen < ranked.size:
+        drawn, order = _NO_IDS, _NO_IDS
+        while drawn.size < count:
             # At least half of `count` at a time, so that long runs of copies take few rounds.
-            chunk = ranked[seen : seen + max(count - drawn.size, (count + 1) // 2)]
-            seen += chunk.size
+            chunk, _ = ranking.next(max(count - drawn.size, (count + 1) // 2))
+            if not chunk.size:
+                break
+            order = np.concatenate([order, chunk])
             self._held.load(chunk)
             drawn = np.concatenate([drawn, chunk])
             if self._coherence is not None:
                 drawn = self._distinct(drawn, protected, self._coherence)
                 if drawn.size < count:
                     self._held.keep(np.concatenate([protected, drawn]))
-        return drawn[np.lexsort((drawn, -scores[drawn]))][:count]
-
-    def _ranked(self, scores: Float64Array, support: IntArray, least: Float64Array) -> IntArray:
-        """All eligible atoms by falling score, equal ones by id."""
-        eligible = self._available & (scores > least)
-        eligible[support] = False
-        ids = np.flatnonzero(eligible)
-        return ids[np.argsort(-scores[ids], kind="stable")]
+        return order[np.isin(order, drawn)][:count]
 
     def _distinct(self, ids: IntArray, protected: IntArray, coherence: float) -> IntArray:
         """`ids` in ascending order without those that are copies of a protected atom or of a lower id."""

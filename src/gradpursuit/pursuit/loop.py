@@ -135,9 +135,10 @@ class Pursuit:
         count = most
         for passes in range(1, self.max_iter + 1):
             layer.n_iter = passes
-            scores, better, joined = self.problem.scores(best), None, 0
+            ranking, better, joined = self.problem.ranking(best), None, 0
             for tried in dict.fromkeys((count, most)):  # not before the most were tried has it converged
-                candidates = self.pool.draw(scores, best.ids, tried, self.problem.least_score(best))
+                free = ranking.without(self.pool.excluded(best.ids))
+                candidates = self.pool.draw(free, best.ids, tried)
                 if not candidates.size:
                     layer.stop_reason = "no positive correlation"
                     return

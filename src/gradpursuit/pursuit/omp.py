@@ -159,11 +159,8 @@ class GrowingCholesky:
 
 
 def _best_atom(problem: PursuitProblem, best: SupportFit) -> int | None:
-    scores = problem.scores(best)
-    scores[best.ids] = 0.0
-    scores[scores <= problem.least_score(best)] = 0.0
-    atom = int(np.argmax(scores))
-    return atom if scores[atom] > 0 else None
+    ids, _ = problem.ranking(best).without(best.ids).next(1)
+    return int(ids[0]) if ids.size else None
 
 
 def _refit(

@@ -13,6 +13,7 @@ from gradpursuit.pursuit.candidates import CandidatePool
 from gradpursuit.pursuit.held import HeldColumns
 from gradpursuit.pursuit.matrix import Float64Array, GradientMatrix, IntArray, as_vector
 from gradpursuit.pursuit.newton import Tolerance
+from gradpursuit.pursuit.ranking import RankedMatrix, RankedScores, Ranking, scores_of
 from gradpursuit.pursuit.refit import GramRefit, NewtonRefit, Refit
 
 # A residual below this share of the target is rounding, not signal: features are stored in float32 at best.
@@ -115,10 +116,19 @@ class PursuitProblem:
     def scores(self, fit: SupportFit) -> Float64Array:
         """How much each atom would lower the objective: ‖(Aᵀr)₊‖ over the targets, [N]; one pass."""
         self._passes += 1
-        products = self.matrix.correlate(fit.residual[:, 0] if len(self.target_norms) == 1 else fit.residual)
-        if products.ndim == 1:
-            return products
-        return np.sqrt((np.maximum(products, 0.0) ** 2).mean(axis=1))
+        return scores_of(self.matrix.correlate(self._residuals(fit)))
+
+    def ranking(self, fit: SupportFit) -> Ranking:
+        """The atoms by falling :meth:`scores`, without those that do not count; one pass."""
+        least = _LEAST_COSINE * fit.relative_residual
+        if not isinstance(self.matrix, RankedMatrix):
+            return RankedScores(self.scores(fit), self.norms, least)
+        self._passes += 1
+        return self.matrix.ranking(self._residuals(fit), least)
+
+    def _residuals(self, fit: SupportFit) -> Float64Array:
+        """[D] of one target, [D, q] of several."""
+        return fit.residual[:, 0] if len(self.target_norms) == 1 else fit.residual
 
     def least_score(self, fit: SupportFit) -> Float64Array:
         """The score [N] for the residual of `fit` that is too small to count as positive; a zero atom's never is."""

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gradpursuit.gradient_stage import load_problem
+from gradpursuit.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import nnls
 from gradpursuit.selection import SelectionProblem
-from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
+from gradpursuit.selection_problem import load_problem
 
 if TYPE_CHECKING:
     from gradpursuit.data import Row
@@ -57,7 +57,7 @@ class Explainer:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._problem, self._candidates = load_problem(run)
+        self._problem, self._candidates = load_problem(run, few=True)
         self._kind = Preconditioner(run.config.gradients.preconditioner)
 
     @property
@@ -73,11 +73,11 @@ class Explainer:
     @property
     def bytes(self) -> int:
         """Of the pool's features, as stored."""
-        return self._features.matrix().nbytes
+        return self._features.nbytes
 
     def column_bytes(self, rows: int) -> int:
         """Of the features of that many rows in float64."""
-        return 8 * rows * self._features.matrix().shape[0]
+        return 8 * rows * self._features.width
 
     @property
     def groups(self) -> Ints:

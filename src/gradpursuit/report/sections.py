@@ -169,7 +169,7 @@ def budgets(selection: Selection, strategy: str) -> dict[str, Any]:
 
 
 def strategies(pool: Table, selections: Selections) -> list[dict[str, Any]]:
-    """One line for each: how many rows, how many count, copies, layers."""
+    """One line for each: how many rows, how many count, copies, layers; on a cluster what was moved, by pass."""
     return [
         {
             "strategy": name,
@@ -178,6 +178,7 @@ def strategies(pool: Table, selections: Selections) -> list[dict[str, Any]]:
             "copies": copies_chosen(draws[0], pool),
             "layers": [int((draws[0].layers == n).sum()) for n in range(1, int(draws[0].layers.max()) + 1)],
             "stop_reason": list(dict.fromkeys(draws[0].evidence.get("stop_reason", []))),
+            **{part: draws[0].evidence[part] for part in ("traffic", "two_level") if part in draws[0].evidence},
         }
         for name, draws in selections.items()
     ]

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.config import GradientsSection, MatchingSection, PursuitSection
+from gradpursuit.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.gradients.forward import Signal
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import TrajectoryMatrix
-from gradpursuit.selection.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.selection.subspace import projected, subspace
 
 if TYPE_CHECKING:

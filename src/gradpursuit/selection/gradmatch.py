@@ -13,7 +13,7 @@ from gradpursuit.gradients.preconditioner import PreconditionerLabel
 from gradpursuit.pursuit import GradMatch as Solver
 from gradpursuit.pursuit.path import share_out
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
-from gradpursuit.selection.gtp import from_solver, preconditioner_of, pursuit_evidence, require_support
+from gradpursuit.selection.gtp import from_solver, preconditioner_of, pursuit_evidence, require_support, traffic_of
 from gradpursuit.selection.scores import settings_of
 
 
@@ -52,13 +52,12 @@ class GradMatch(MatchingSection):
             for share, target in zip(share_out(k, q), targets.T, strict=True)
         ]
         if q == 1:
-            return from_solver(solvers[0], pursuit_evidence(solvers[0]))
+            return from_solver(solvers[0], pursuit_evidence(solvers[0]) | traffic_of(matrix))
         support = np.array(_interleaved([solver.support_.tolist() for solver in solvers]), dtype=np.int64)
         require_support(support)
         weights = np.sum([solver.coef_[support] for solver in solvers], axis=0)
-        return Selection(
-            support, weights / weights.mean(), np.ones(len(support), dtype=np.int64), _evidence_of(solvers)
-        )
+        evidence = _evidence_of(solvers) | traffic_of(matrix)
+        return Selection(support, weights / weights.mean(), np.ones(len(support), dtype=np.int64), evidence)
 
 
 def _interleaved(supports: list[list[int]]) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from gradpursuit.config import PursuitSection
@@ -14,6 +17,7 @@ from gradpursuit.pursuit import GradientTrajectoryPursuit, Subset
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
 from gradpursuit.selection.scores import settings_of
 
+_OF_SOLVER = {"alpha", "max_iter", "tol", "saturation", "max_coherence", "targets"}
 _PATH = ("layer", "iteration", "support_size", "relative_residual", "objective")
 
 
@@ -44,20 +48,34 @@ class GTP(PursuitSection):
         assert isinstance(settings, PursuitSection)
         several = settings.targets != "mean"
         matrix, target = problem.matching(self.preconditioner, settings, per_group=several)
-        solver = GradientTrajectoryPursuit(
-            k,
-            alpha=settings.alpha,
-            max_iter=settings.max_iter,
-            tol=settings.tol,
-            saturation=settings.saturation,
-            max_coherence=settings.max_coherence,
-            targets=settings.targets,
-        ).fit(matrix, target)
-        evidence = pursuit_evidence(solver)
-        evidence["copies"] = {problem.ids[copy]: problem.ids[of] for copy, of in solver.copies_.items()}
+        given = settings.model_dump(include=_OF_SOLVER)
+        if settings.parts > 1:
+            solver, ids, evidence = _two_level(matrix, target, k, settings.parts, given)
+        else:
+            solver = GradientTrajectoryPursuit(k, **given).fit(matrix, target)
+            ids, evidence = np.arange(matrix.shape[1]), {}
+        evidence |= pursuit_evidence(solver) | traffic_of(matrix)
+        evidence["copies"] = {problem.ids[ids[copy]]: problem.ids[ids[of]] for copy, of in solver.copies_.items()}
         if several:
             evidence["group_residuals"] = solver.group_residuals_.tolist()
-        return from_solver(solver, evidence)
+        return from_solver(solver, evidence).within(ids)
+
+
+def _two_level(
+    matrix: Any, target: Any, k: int, parts: int, settings: dict[str, Any]
+) -> tuple[GradientTrajectoryPursuit, NDArray[np.int64], dict[str, Any]]:
+    """The pursuit of what each part of the pool chooses by itself, twice its share of the budget each.
+
+    Returns it with the ids of its columns, and what is to be told of the parts.
+    """
+    share = min(k, 2 * math.ceil(k / parts))
+    ids: NDArray[np.int64] = matrix.winners(target, share, parts, settings)
+    require_support(ids)
+    squares = matrix.squared_norms()
+    alpha = settings["alpha"] * float(squares.mean() / squares[ids].mean())
+    solver = GradientTrajectoryPursuit(min(k, len(ids)), **{**settings, "alpha": alpha})
+    solver.fit(matrix.columns(ids), target)
+    return solver, ids, {"two_level": {"parts": parts, "winners": len(ids), "share": share}}
 
 
 def preconditioner_of(label: PreconditionerLabel | None, settings: Settings) -> Preconditioner:
@@ -74,6 +92,13 @@ def pursuit_evidence(solver: Any) -> dict[str, Any]:
         "relative_residual": float(solver.residual_path_[-1]),
         "path": [{name: float(getattr(step, name)) for name in _PATH} for step in solver.steps_],
     }
+
+
+def traffic_of(matrix: Any) -> dict[str, Any]:
+    """What moved between driver and workers, if the matrix lies on workers, as evidence."""
+    if not hasattr(matrix, "traffic"):
+        return {}
+    return {"traffic": {"workers": matrix.workers, **matrix.traffic.describe()}}
 
 
 def from_solver(solver: Any, evidence: dict[str, Any]) -> Selection:

@@ -10,7 +10,7 @@ from gradpursuit.config import MatchingSection, Number
 from gradpursuit.gradients.preconditioner import PreconditionerLabel
 from gradpursuit.pursuit import NonNegativeOMP
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
-from gradpursuit.selection.gtp import from_solver, preconditioner_of, pursuit_evidence
+from gradpursuit.selection.gtp import from_solver, preconditioner_of, pursuit_evidence, traffic_of
 from gradpursuit.selection.scores import settings_of
 
 
@@ -39,4 +39,4 @@ class OMP(MatchingSection):
         matrix, target = problem.matching(self.preconditioner, settings_of(self, problem.pursuit))
         alpha = problem.pursuit.alpha if self.alpha is None else self.alpha
         solver = NonNegativeOMP(k, alpha=alpha).fit(matrix, target)
-        return from_solver(solver, pursuit_evidence(solver))
+        return from_solver(solver, pursuit_evidence(solver) | traffic_of(matrix))

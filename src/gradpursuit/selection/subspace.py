@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigh
 
-from gradpursuit.selection.features import TrajectoryFeatures
+from gradpursuit.features import TrajectoryFeatures
 
 logger = logging.getLogger("gradpursuit")
 SAMPLE = 2048  # rows whose singular vectors are taken of a larger set

@@ -12,9 +12,9 @@ from scipy.linalg import cholesky, solve_triangular
 
 from gradpursuit.config import Number, Section
 from gradpursuit.errors import SelectionError
+from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.gradients.preconditioner import PreconditionerLabel
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
-from gradpursuit.selection.features import TrajectoryFeatures
 from gradpursuit.selection.gtp import preconditioner_of
 
 _ROWS = 1024  # read at a time

@@ -15,18 +15,20 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from gradpursuit.errors import StoreError
-from gradpursuit.files import write_atomic
+from gradpursuit.files import stored_bytes, write_atomic
+from gradpursuit.remote import RemoteBytes
 from gradpursuit.store.encoding import DTYPES, Block
 from gradpursuit.store.spec import differences
 
@@ -55,7 +57,21 @@ class ShardError(StoreError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}; collect the gradients again, whole shards are kept")
-        self.reason = reason
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type[ShardError], tuple[Path, str]]:
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a shard says of its rows: as in :class:`Shard`."""
+
+    norm: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    tokens: NDArray[np.int32]
+    row: NDArray[np.int64]
+    dropped: Mapping[int, str]
 
 
 @dataclass(frozen=True)
@@ -118,37 +134,106 @@ def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, 
 
 
 def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), *, verify: bool) -> Shard:
-    """Memory-map a shard.
+    """Memory-map a shard; of one that does not lie on a disk features are fetched when they are used.
 
     Args:
         path: the file.
         fingerprint: what its header must carry.
         parts: what the fingerprint stands for, to say how a foreign shard differs.
-        verify: read all bytes and compare their sha256 with the header's.
+        verify: read all bytes, into memory where they do not lie on a disk, and compare their sha256 with the header's.
 
     Raises:
         ShardError: the file is missing, truncated, corrupt, or belongs to a store made with other settings.
+        RunError: it cannot be reached.
     """
+    with _readable(path):
+        file = _Opened(path)
+        if verify:
+            file.load()
+        scale = file.array("scale") if "scale" in file.header else None
+        columns = {name: file.array(name) for name in COLUMNS}
+        shard = Shard(file.features(), **columns, dropped=file.dropped(), scale=scale)
+        file.require(fingerprint, parts)
+        return shard
+
+
+def read_columns(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({})) -> Columns:
+    """What a shard says of its rows, without its features: a few bytes a row are read.
+
+    Raises: as :func:`read_shard`.
+    """
+    with _readable(path):
+        file = _Opened(path)
+        columns = {name: file.array(name) for name in COLUMNS}
+        found = Columns(**columns, dropped=file.dropped())
+        file.require(fingerprint, parts)
+        return found
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the bytes of any file may raise in a parser becomes a :class:`ShardError`."""
     try:
-        file = np.memmap(path, dtype=np.uint8, mode="r")
-        (length,) = struct.unpack("<Q", file[:8].tobytes())
-        text = file[8 : 8 + length].tobytes()
-        header = json.loads(text)
-        if text != _padded(header):
-            raise ValueError("its header is not as it was written")
-        metadata, payload = header["__metadata__"], file[8 + length :]
-        _refuse_other_length(header, len(payload))
-        if verify and metadata["sha256"] != _digest(header, payload.data):
-            raise ShardError(path, "its bytes do not match their checksum")
-        found, found_parts = metadata["fingerprint"], json.loads(metadata["parts"])
-        shard = _assemble(header, payload)
+        yield
     except FileNotFoundError:
         raise ShardError(path, "not there") from None
     except _UNREADABLE as error:
         raise ShardError(path, f"not a whole shard ({type(error).__name__}: {error})") from None
-    if found != fingerprint:
-        raise ShardError(path, f"it was made with other settings than its store ({_first(found_parts, parts)})")
-    return shard
+
+
+class _Opened:
+    """A shard's file: its header, and its payload as far as it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._bytes = path, stored_bytes(path)
+        (length,) = struct.unpack("<Q", self._bytes[:8].tobytes())
+        if length > len(self._bytes):
+            raise ValueError(f"a header of {length:,} bytes in a file of {len(self._bytes):,}")
+        text = self._bytes[8 : 8 + length].tobytes()
+        self.header: dict[str, Any] = json.loads(text)
+        if text != _padded(self.header):
+            raise ValueError("its header is not as it was written")
+        self._start = 8 + length
+        _refuse_other_length(self.header, len(self._bytes) - self._start)
+
+    def load(self) -> None:
+        """Read all bytes, which from now on are in memory or memory-mapped, and compare their sha256."""
+        self._bytes = self._bytes[:]
+        if self.header["__metadata__"]["sha256"] != _digest(self.header, self._bytes[self._start :].data):
+            raise ShardError(self._path, "its bytes do not match their checksum")
+
+    def array(self, name: str) -> NDArray[Any]:
+        """One array, copied."""
+        start, stop = self._place(name)
+        return np.array(_view(self._bytes[start:stop], name, self.header[name]))
+
+    def features(self) -> NDArray[Any]:
+        """The features, where they lie."""
+        start, stop = self._place("features")
+        if not isinstance(self._bytes, RemoteBytes):
+            return _view(self._bytes[start:stop], "features", self.header["features"])
+        dtype, shape = _type_of("features", self.header["features"])
+        rows: Any = self._bytes.rows(start, dtype, (shape[0], shape[1]))
+        return cast("NDArray[Any]", rows)
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """First and last byte of an array in the file."""
+        start, stop = self.header[name]["data_offsets"]
+        if not 0 <= start <= stop:
+            raise ValueError(f"{name} cannot lie at {start}:{stop}")
+        return self._start + start, self._start + stop
+
+    def dropped(self) -> dict[int, str]:
+        """Rows that were dropped, index to reason."""
+        found = json.loads(self.header["__metadata__"]["dropped"])
+        return {int(row): str(reason) for row, reason in found.items()}
+
+    def require(self, fingerprint: str, parts: Mapping[str, Any]) -> None:
+        """Refuse a shard of another store."""
+        metadata = self.header["__metadata__"]
+        found = json.loads(metadata["parts"])
+        if metadata["fingerprint"] != fingerprint:
+            raise ShardError(self._path, f"it was made with other settings than its store ({_first(found, parts)})")
 
 
 def _first(found: Any, expected: Mapping[str, Any]) -> str:
@@ -161,23 +246,20 @@ def _refuse_other_length(header: dict[str, Any], length: int) -> None:
         raise ValueError(f"{length:,} bytes follow the header, which says {wanted:,}")
 
 
-def _assemble(header: dict[str, Any], payload: NDArray[np.uint8]) -> Shard:
-    """The shard of a parsed header and the bytes after it; features stay memory-mapped, the rest is copied."""
-    arrays = {name: _view(payload, name, entry) for name, entry in header.items() if name != "__metadata__"}
-    dropped = {int(row): str(reason) for row, reason in json.loads(header["__metadata__"]["dropped"]).items()}
-    scale = np.array(arrays["scale"]) if "scale" in arrays else None
-    columns = {name: np.array(arrays[name]) for name in COLUMNS}
-    return Shard(arrays["features"], **columns, dropped=dropped, scale=scale)
+def _view(part: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+    dtype, shape = _type_of(name, entry)
+    return part.view(dtype).reshape(shape)
 
 
-def _view(payload: NDArray[np.uint8], name: str, entry: dict[str, Any]) -> NDArray[Any]:
+def _type_of(name: str, entry: dict[str, Any]) -> tuple[np.dtype[Any], list[int]]:
+    """Type and shape of an array, if its place in the file has their size."""
     expected = {**COLUMNS, "scale": "F32"}.get(name)
     if entry["dtype"] != expected and not (name == "features" and entry["dtype"] in TAGS):
         raise ValueError(f"{name} is {entry['dtype']}, expected {expected or ' or '.join(TAGS)}")
     dtype, shape, (start, stop) = _NUMPY[entry["dtype"]], entry["shape"], entry["data_offsets"]
-    if not 0 <= start <= stop or stop - start != math.prod(shape) * dtype.itemsize:
+    if stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{name} of shape {shape} cannot lie at {start}:{stop}")
-    return payload[start:stop].view(dtype).reshape(shape)
+    return dtype, shape
 
 
 def _digest(header: Mapping[str, Any], payload: memoryview) -> str:

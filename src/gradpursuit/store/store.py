@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.errors import RunError, StoreError
-from gradpursuit.files import read_json, require_space, write_json
-from gradpursuit.store.encoding import DTYPES, SCALED, Block, encode, misfits
-from gradpursuit.store.shards import COLUMNS, Shard, ShardError, read_shard, write_shard
+from gradpursuit.files import exists, read_json, remove_folder, require_space, write_json
+from gradpursuit.remote import is_remote
+from gradpursuit.store.encoding import Block
+from gradpursuit.store.folder import ShardFolder, ShardState
+from gradpursuit.store.shards import Columns, Shard, ShardError
 from gradpursuit.store.spec import VERSION, StoreSpec, differences
 
 logger = logging.getLogger("gradpursuit")
-
-
-class ShardState(NamedTuple):
-    """What was found of one shard; `reason` says what is wrong with one that is missing or broken."""
-
-    state: Literal["missing", "whole", "broken"]
-    reason: str = ""
+Content = TypeVar("Content", bound=Columns | Shard)
 
 
 class Problem(NamedTuple):
@@ -45,8 +39,16 @@ class GradientStore:
 
     def __init__(self, folder: Path, spec: StoreSpec) -> None:
         self.folder, self.spec = folder, spec
-        self._fingerprint = spec.fingerprint
-        self._parts = {name: part for name, part in spec.parts().items() if name != "ids"}
+        self.shards = ShardFolder(
+            folder,
+            spec.fingerprint,
+            {name: part for name, part in spec.parts().items() if name != "ids"},
+            rows=len(spec.ids),
+            shard_rows=spec.shard_rows,
+            checkpoints=spec.checkpoints,
+            dim=spec.dim,
+            dtype=spec.dtype,
+        )
         self._ranges = spec.shards()
 
     @classmethod
@@ -62,23 +64,23 @@ class GradientStore:
         """
         store = cls(folder, spec)
         manifest = folder / "manifest.json"
-        for part in [*folder.glob("*.part"), *folder.glob("checkpoint-*/*.part")]:
+        for part in [] if is_remote(folder) else [*folder.glob("*.part"), *folder.glob("checkpoint-*/*.part")]:
             logger.warning("%s: left by an interrupted write; removed", part)
             part.unlink()
-        if manifest.exists():
+        if exists(manifest):
             try:
                 present = _read_spec(manifest)
             except (StoreError, RunError) as error:
                 logger.warning("%s; it is written again, and the shards that fit it are kept", error)
             else:
-                if present.fingerprint == store._fingerprint:
+                if present.fingerprint == store.shards.fingerprint:
                     return store
                 changed = "; ".join(differences(present.parts(), _plain(spec.parts())))
                 logger.warning("%s: holds gradients made with other settings: %s; they are replaced", folder, changed)
-                shutil.rmtree(folder)
-        if not any(folder.glob("checkpoint-*/*.safetensors")):
+                remove_folder(folder)
+        if not is_remote(folder) and not any(folder.glob("checkpoint-*/*.safetensors")):
             require_space(folder, spec.nbytes, "the gradient store")
-        write_json(manifest, {**spec.to_json(), "fingerprint": store._fingerprint})
+        write_json(manifest, {**spec.to_json(), "fingerprint": store.shards.fingerprint})
         return store
 
     @classmethod
@@ -94,7 +96,7 @@ class GradientStore:
             StoreError: it is not there, of another version, its manifest does not match its fingerprint, or a part is
                 not the expected one: that part is named with both values.
         """
-        if not (folder / "manifest.json").is_file():
+        if not exists(folder / "manifest.json"):
             raise StoreError(f"{folder}: no gradient store; collect the gradients first")
         spec = _read_spec(folder / "manifest.json")
         if expected is not None:
@@ -109,55 +111,23 @@ class GradientStore:
 
     def path(self, checkpoint: int, shard: int) -> Path:
         """Where shard `shard` of checkpoint `checkpoint` (both from 0) lies."""
-        return self.folder / f"checkpoint-{checkpoint + 1}" / f"shard-{shard:05d}.safetensors"
+        return self.shards.path(checkpoint, shard)
 
     def state(self, checkpoint: int, shard: int) -> ShardState:
-        """Whether that shard is missing, whole (there, and unchanged since it was written) or broken."""
-        if not self.path(checkpoint, shard).exists():
-            return ShardState("missing", "not there")
-        try:
-            self.read(checkpoint, shard, verify=True)
-        except ShardError as error:
-            return ShardState("broken", error.reason)
-        return ShardState("whole")
+        """As :meth:`ShardFolder.state`."""
+        return self.shards.state(checkpoint, shard)
 
     def has(self, checkpoint: int, shard: int) -> bool:
-        """Whether that shard is whole; a broken one is logged, as the caller will compute it again."""
-        found = self.state(checkpoint, shard)
-        if found.state == "broken":
-            logger.warning("%s: %s; computed again", self.path(checkpoint, shard), found.reason)
-        return found.state == "whole"
+        """As :meth:`ShardFolder.has`."""
+        return self.shards.has(checkpoint, shard)
 
     def write(self, checkpoint: int, shard: int, content: Shard) -> None:
-        """Encode and write one shard of float32 features, atomically.
-
-        Raises:
-            StoreError: a row is not finite, all zeros or does not fit the store's type, or the rows and the dropped
-                ones are not those of the shard; nothing is written.
-            RunError: the disk is full.
-        """
-        self._check(checkpoint, shard, content, np.dtype(np.float32))
-        path = self.path(checkpoint, shard)
-        _refuse(path, content, ~np.isfinite(content.features).all(axis=1), "not finite", "drop them with their reason")
-        _refuse(path, content, ~content.features.any(axis=1), "all zeros", "drop them with their reason")
-        block = encode(content.features, self.spec.dtype)
-        outside = f"outside the range of {self.spec.dtype}"
-        _refuse(path, content, misfits(block), outside, "use gradients.store_dtype: float32 or float16")
-        encoded = replace(content, features=block.values, scale=block.scale)
-        write_shard(path, encoded, self._fingerprint, self._parts)
+        """As :meth:`ShardFolder.write`."""
+        self.shards.write(checkpoint, shard, content)
 
     def read(self, checkpoint: int, shard: int, *, verify: bool = False) -> Shard:
-        """Memory-map one shard; its features and scale are as stored.
-
-        Raises:
-            StoreError: it is missing, broken or foreign.
-        """
-        path = self.path(checkpoint, shard)
-        content = read_shard(path, self._fingerprint, self._parts, verify=verify)
-        self._check(checkpoint, shard, content, DTYPES[self.spec.dtype])
-        if (content.scale is None) == (self.spec.dtype in SCALED):
-            raise ShardError(path, f"its {self.spec.dtype} features and their scale do not belong together")
-        return content
+        """As :meth:`ShardFolder.read`."""
+        return self.shards.read(checkpoint, shard, verify=verify)
 
     def exclude(self, rows: Mapping[int, str]) -> None:
         """Drop rows (index to reason) at every checkpoint, so that all hold the same ones.
@@ -172,9 +142,8 @@ class GradientStore:
         if outside := sorted(set(rows) - set(range(len(self.spec.ids)))):
             raise StoreError(f"{self.folder}: has no rows {outside[:5]}; it has 0-{len(self.spec.ids) - 1}")
         for t, s in self._places():
-            if not rows.keys().isdisjoint(self.read(t, s).row.tolist()):
-                content = self.read(t, s, verify=True).without(rows)
-                write_shard(self.path(t, s), content, self._fingerprint, self._parts)
+            if not rows.keys().isdisjoint(self.shards.columns(t, s).row.tolist()):
+                self.shards.rewrite(t, s, self.read(t, s, verify=True).without(rows))
 
     def dropped(self) -> dict[int, str]:
         """Rows that any checkpoint lacks, in order, with the reason of the first checkpoint that does.
@@ -186,8 +155,8 @@ class GradientStore:
         """
         found: dict[int, str] = {}
         for t, s in self._places():
-            if self.path(t, s).exists():
-                found = {**self.read(t, s).dropped, **found}
+            if exists(self.path(t, s)):
+                found = {**self.shards.columns(t, s).dropped, **found}
         return dict(sorted(found.items()))
 
     def kept(self) -> NDArray[np.int64]:
@@ -196,22 +165,34 @@ class GradientStore:
         Raises:
             StoreError: a shard is missing or broken, checkpoints hold different rows, or none is left.
         """
-        return np.concatenate([shard.row for shard in self._shards()[0]])
+        return self.columns()[0]
 
     def features(self, *, verify: bool = True) -> list[list[Block]]:
-        """Memory-mapped features of the kept rows: for each checkpoint blocks [n_s, d] with their scale, in row order.
+        """Features of the kept rows, memory-mapped: for each checkpoint blocks [n_s, d] with their scale, in row order.
 
         Args:
-            verify: read all bytes and check their sha256.
+            verify: read all bytes and check their sha256. What does not lie on a disk is then in memory; else it is
+                fetched when it is used.
 
         Raises:
             StoreError: as :meth:`kept`; the shard is named.
         """
-        return [[shard.block for shard in shards if len(shard.row)] for shards in self._shards(verify=verify)]
+        found = [
+            [self.read(t, s, verify=verify) for s in range(len(self._ranges))] for t in range(self.spec.checkpoints)
+        ]
+        return [[shard.block for shard in shards if len(shard.row)] for shards in self._agreeing(found)]
+
+    def columns(self, *names: str) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
+        """:meth:`kept`, and `norm`, `loss` or `tokens` of these rows [T, n] by name."""
+        found = self._columns()
+        named = {
+            name: np.stack([np.concatenate([getattr(s, name) for s in shards]) for shards in found]) for name in names
+        }
+        return np.concatenate([shard.row for shard in found[0]]), named
 
     def column(self, name: str) -> NDArray[Any]:
         """`norm`, `loss` or `tokens` of the kept rows: [T, n]. Raises as :meth:`kept`."""
-        return np.stack([np.concatenate([getattr(s, name) for s in shards]) for shards in self._shards()])
+        return self.columns(name)[1][name]
 
     def verify(self) -> list[Problem]:
         """Everything that is wrong with the store, without stopping at the first; empty if it is complete and intact.
@@ -220,7 +201,7 @@ class GradientStore:
         """
         found: list[Problem] = []
         for s, rows in enumerate(self._ranges):
-            whole: list[tuple[int, Shard]] = []
+            whole: list[tuple[int, Columns | Shard]] = []
             for t in range(self.spec.checkpoints):
                 try:
                     whole.append((t, self.read(t, s, verify=True)))
@@ -233,11 +214,14 @@ class GradientStore:
     def _places(self) -> Iterator[tuple[int, int]]:
         return ((t, s) for t in range(self.spec.checkpoints) for s in range(len(self._ranges)))
 
-    def _shards(self, *, verify: bool = False) -> list[list[Shard]]:
-        """Every shard [T][S], all checkpoints holding the same rows."""
-        shards = [
-            [self.read(t, s, verify=verify) for s in range(len(self._ranges))] for t in range(self.spec.checkpoints)
-        ]
+    def _columns(self) -> Sequence[Sequence[Columns]]:
+        """What every shard [T][S] says of its rows, all checkpoints holding the same ones."""
+        return self._agreeing(
+            [[self.shards.columns(t, s) for s in range(len(self._ranges))] for t in range(self.spec.checkpoints)]
+        )
+
+    def _agreeing(self, shards: list[list[Content]]) -> list[list[Content]]:
+        """The same shards [T][S], if all checkpoints hold the same rows."""
         for s in range(len(self._ranges)):
             for t, reason in self._disagreements([(t, shards[t][s]) for t in range(self.spec.checkpoints)]):
                 raise ShardError(self.path(t, s), reason)
@@ -246,7 +230,7 @@ class GradientStore:
             raise StoreError(f"{self.folder}: every row was dropped ({'; '.join(reasons[:3])})")
         return shards
 
-    def _disagreements(self, shards: list[tuple[int, Shard]]) -> Iterator[tuple[int, str]]:
+    def _disagreements(self, shards: Sequence[tuple[int, Columns | Shard]]) -> Iterator[tuple[int, str]]:
         """(checkpoint, reason) of each of the same shard's checkpoints that lacks a row another one holds."""
         held = {row for _, shard in shards for row in shard.row.tolist()}
         for t, shard in shards:
@@ -258,23 +242,6 @@ class GradientStore:
                         "checkpoints hold"
                     ),
                 )
-
-    def _check(self, checkpoint: int, shard: int, content: Shard, dtype: np.dtype[Any]) -> None:
-        """The rows and the dropped ones must be that shard's, in the shapes of the spec and in `dtype`."""
-        rows, path = self._ranges[shard], self.path(checkpoint, shard)
-        present, n = content.row.tolist(), len(content.row)
-        if any(getattr(content, name).shape != (n,) for name in COLUMNS) or sorted(present) != present:
-            raise ShardError(path, "its columns are not n rows in ascending order")
-        if sorted([*present, *content.dropped]) != list(rows):
-            raise ShardError(path, f"it holds other rows than {rows.start}-{rows.stop - 1}")
-        if content.features.shape != (n, self.spec.dim) or content.features.dtype != dtype:
-            raise ShardError(
-                path,
-                f"its features are {content.features.dtype} {content.features.shape}, expected {dtype} "
-                f"{(n, self.spec.dim)}",
-            )
-        if content.scale is not None and content.scale.shape != (n,):
-            raise ShardError(path, f"its scale has shape {content.scale.shape}, expected {(n,)}")
 
 
 def _read_spec(manifest: Path) -> StoreSpec:
@@ -305,9 +272,3 @@ def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Parts as JSON gives them back, so that a tuple equals the list it was stored as."""
     plain: dict[str, Any] = json.loads(json.dumps(dict(parts)))
     return plain
-
-
-def _refuse(path: Path, content: Shard, bad: Any, what: str, mend: str) -> None:
-    if bad.any():
-        first = content.row[bad][:5].tolist()
-        raise StoreError(f"{path}: {int(bad.sum())} rows are {what} (first: {first}); {mend}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.errors import SelectionError
-from gradpursuit.pursuit import TrajectoryMatrix
+from gradpursuit.pursuit.matrix import TrajectoryMatrix
 from gradpursuit.store import Block
 
 Array = NDArray[np.float64]
@@ -38,6 +38,16 @@ class TrajectoryFeatures:
     def checkpoints(self) -> int:
         """T."""
         return len(self.blocks)
+
+    @property
+    def width(self) -> int:
+        """D: numbers of a row, at all checkpoints together."""
+        return sum(shards[0].shape[1] for shards in self.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows at all checkpoints, as stored."""
+        return sum(block.values.nbytes for shards in self.blocks for block in shards)
 
     def __len__(self) -> int:
         """The number of rows n."""

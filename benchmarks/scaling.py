@@ -1,0 +1,272 @@
+"""How long a pass of the distributed pursuit takes against rows and workers, and what that means for a large cluster.
+
+    python benchmarks/scaling.py --folder DISK --out scaling.json          # 1 GB on disk, two workers
+    python benchmarks/scaling.py --folder DISK --nodes 64 --rows-there 10000000 --dim-there 32768
+
+strong     the same rows on more workers. weak: the same rows for each worker
+overhead   passes over next to no rows, on more workers than there are cores: what a pass costs beside reading
+fits       whole pursuits with their residuals: one machine, exact on workers (the same answer), two-level
+model      seconds of a pass = bytes of a worker / its bandwidth + overhead + overhead of a worker × workers; its three
+           constants are fitted to what was measured. With a bandwidth of the network it says what a pass on --nodes
+           would take: that is computed, not measured
+
+All of Ray stays on 127.0.0.1. A worker has one thread, so workers beyond the cores share them: figures for more workers
+than cores say nothing about scaling, and are used for the overhead alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pursuit_parts.synthetic import LowRank
+
+from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, Session, Team, connected, local_only, parts_of
+from gradpursuit.config import EngineSection
+from gradpursuit.features import TrajectoryFeatures
+from gradpursuit.pursuit import GradientTrajectoryPursuit
+from gradpursuit.pursuit.problem import JOIN
+from gradpursuit.store import GradientStore, Shard, StoreSpec
+from store import machine
+
+CHECKPOINTS, SHARD_ROWS, DTYPE = 2, 1024, "float16"
+PAIR, WIDE, COLUMN = 16, 8, 4  # bytes of a pair, of a number of the residual, of a number of a column
+FEW = 256  # rows of the overhead
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="for the rows (default: a temporary one)")
+    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--dim", type=int, default=8_192, help="of both checkpoints together")
+    parser.add_argument("--budget", type=int, default=600)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="of strong and weak scaling")
+    parser.add_argument("--crowd", type=int, nargs="+", default=[1, 2, 4, 6], help="workers of the overhead")
+    parser.add_argument("--parts", type=int, nargs="+", default=[2, 4, 8], help="of two-level pursuits")
+    parser.add_argument("--rounds", type=int, default=7, help="passes that are timed, after one that is not")
+    parser.add_argument("--rows-there", type=int, default=10_000_000)
+    parser.add_argument("--dim-there", type=int, default=32_768)
+    parser.add_argument("--budget-there", type=int, default=10_000)
+    parser.add_argument("--nodes", type=int, default=64)
+    parser.add_argument("--cores", type=int, default=2, help="of a node there that read side by side")
+    parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second of the driver's network")
+    parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(Path(folder), arguments)
+    found["model"] = predict(found, arguments)
+    print(json.dumps(found["model"], indent=2))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything that is measured."""
+    source = LowRank(arguments.dim)
+    store = write_store(folder / "rows", source, arguments.rows)
+    few = write_store(folder / "few", source, FEW)
+    most = max(*arguments.workers, *arguments.crowd)
+    cores = len(os.sched_getaffinity(0))
+    found: dict[str, Any] = {"machine": {**machine(1), "cores_at_hand": cores}, **source.described()}
+    found |= {"rows": arguments.rows, "dim": arguments.dim, "dtype": DTYPE, "budget": arguments.budget}
+    with crowded(most), connected(EngineSection(name="ray")) as session:
+        bench = Bench(session, source.target(), joining(arguments.budget), arguments.rounds)
+        found["strong"] = [bench.passes(store, arguments.rows, count) for count in arguments.workers]
+        share = arguments.rows // max(arguments.workers)
+        found["weak"] = [bench.passes(store, share * count, count) for count in arguments.workers]
+        found["rows_of_one"] = [bench.passes(store, arguments.rows // part, 1) for part in (4, 2)]
+        found["overhead"] = [bench.passes(few, FEW, count) for count in arguments.crowd]
+        found["fits"] = fits(session, store, source.target(), arguments)
+    return found
+
+
+@contextmanager
+def crowded(workers: int) -> Iterator[None]:
+    """A cluster of this machine alone with room for so many workers, even if there are fewer cores."""
+    local_only()
+    import ray
+
+    ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def joining(budget: int) -> int:
+    """How many atoms a pass is asked for."""
+    return max(1, round(JOIN * budget))
+
+
+def write_store(folder: Path, source: LowRank, count: int) -> GradientStore:
+    """`count` rows in a store of two checkpoints, each with half of the dimensions."""
+    half = source.dim // CHECKPOINTS
+    spec = StoreSpec(tuple(map(str, range(count))), CHECKPOINTS, half, DTYPE, SHARD_ROWS, {"data": "low rank"})
+    store = GradientStore.create(folder, spec)
+    for start, rows in source.chunks(count):  # of 1,024 rows, as shards are
+        ones, number = np.ones(len(rows), np.float32), np.arange(start, start + len(rows))
+        for t in range(CHECKPOINTS):
+            part = np.ascontiguousarray(rows[:, t * half : (t + 1) * half])
+            store.write(t, start // SHARD_ROWS, Shard(part, ones, ones, ones.astype(np.int32), number))
+    return store
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Times passes: the residual out, the best `pairs` of every worker back."""
+
+    session: Session
+    target: np.ndarray
+    pairs: int
+    rounds: int
+
+    def passes(self, store: GradientStore, rows: int, workers: int) -> dict[str, Any]:
+        """Passes over the first `rows` rows on `workers` workers: seconds here, and of the slowest worker."""
+        import ray
+
+        team = Team.begin(self.session, workers)
+        try:
+            matrix = ClusterFeatures(team, parts_of(store.shards, np.arange(rows))).matrix()
+            matrix.squared_norms()
+            self._pass(matrix)  # kernels are compiled, pages are mapped
+            before = ray.get([member.actor.timing.remote() for member in team.members])
+            seconds = [self._pass(matrix) for _ in range(self.rounds)]
+            after = ray.get([member.actor.timing.remote() for member in team.members])
+        finally:
+            team.close()
+        spent = [{name: a[name] - b[name] for name in a} for a, b in zip(after, before, strict=True)]
+        slowest = max(spent, key=lambda one: one["pass"])
+        one = {
+            "workers": workers,
+            "rows": rows,
+            "bytes_per_worker": matrix.nbytes / workers,
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "worker_seconds": slowest["pass"] / self.rounds,
+            "reading_share": min(one["reading"] / one["pass"] for one in spent),
+            "traffic_per_pass": matrix.traffic.describe()["passes"][-1],
+        }
+        print(
+            f"{workers} workers, {rows} rows: {one['seconds']:.4f} s a pass, {one['worker_seconds']:.4f} s of a "
+            f"worker, {one['reading_share']:.1%} of it reading and multiplying",
+            flush=True,
+        )
+        return one
+
+    def _pass(self, matrix: RayGradientMatrix) -> float:
+        began = time.perf_counter()
+        ids, _ = matrix.ranking(self.target, 1e-6).without(np.empty(0, dtype=np.int64)).next(self.pairs)
+        assert len(ids)
+        return time.perf_counter() - began
+
+
+def fits(
+    session: Session, store: GradientStore, target: np.ndarray, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One machine, exact on workers, and two-level with several parts: seconds, residuals, traffic."""
+    k, settings = arguments.budget, {"alpha": 0.3}
+    one = TrajectoryFeatures(store.features()).matrix()
+    one.squared_norms()
+    found = [solved("one machine", one, target, k, settings)]
+    team = Team.begin(session, max(arguments.workers))
+    features = ClusterFeatures(team, parts_of(store.shards, np.arange(arguments.rows)))
+    try:
+        features.matrix().squared_norms()
+        found.append(solved("exact, on workers", features.matrix(), target, k, settings))
+        same = found[0].pop("support") == found[1].pop("support")
+        found[1]["same_support_as_one_machine"] = same
+        for parts in arguments.parts:
+            matrix, began = features.matrix(), time.perf_counter()
+            ids = matrix.winners(target, min(k, 2 * -(-k // parts)), parts, settings)
+            last = solved(f"two-level, {parts} parts", matrix.columns(ids), target, min(k, len(ids)), settings)
+            del last["support"]
+            last |= {"seconds": time.perf_counter() - began, "winners": len(ids)}
+            last["residual_over_exact"] = last["relative_residual"] / found[1]["relative_residual"]
+            found.append(last | told(matrix))
+    finally:
+        team.close()
+    for line in found:
+        print({name: value for name, value in line.items() if name != "passes"}, flush=True)
+    return found
+
+
+def solved(name: str, matrix: Any, target: np.ndarray, k: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """A pursuit of a matrix."""
+    began = time.perf_counter()
+    solver = GradientTrajectoryPursuit(k, **settings).fit(matrix, target)
+    return {
+        "name": name,
+        "seconds": time.perf_counter() - began,
+        "passes": solver.n_iter_,
+        "relative_residual": float(solver.residual_path_[-1]),
+        "support": solver.support_.tolist(),
+        **(told(matrix) if isinstance(matrix, RayGradientMatrix) else {}),
+    }
+
+
+def told(matrix: RayGradientMatrix) -> dict[str, Any]:
+    """What a matrix moved, in all."""
+    traffic = matrix.traffic.describe()
+    return {name: traffic[name] for name in ("bytes_out", "bytes_back", "pairs", "columns", "other_bytes")}
+
+
+def predict(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+    """The constants of the model, how far it is off what was measured, and a pass on the nodes asked about.
+
+    Only measurements in which every worker had a core are used for the bandwidth.
+    """
+    cores = found["machine"]["cores_at_hand"]
+    fair = [one for name in ("strong", "weak", "rows_of_one") for one in found[name] if one["workers"] <= cores]
+    crowd = found["overhead"]
+    per_worker, base = np.polyfit([one["workers"] for one in crowd], [one["seconds"] for one in crowd], 1)
+    left = np.array([one["seconds"] - base - per_worker * one["workers"] for one in fair])
+    size = np.array([one["bytes_per_worker"] for one in fair])
+    bandwidth = float(size @ size / (size @ left))
+    modelled = [one["bytes_per_worker"] / bandwidth + base + per_worker * one["workers"] for one in fair]
+    off = [model / one["seconds"] - 1 for model, one in zip(modelled, fair, strict=True)]
+    there = arguments.rows_there * arguments.dim_there * 2 / arguments.nodes
+    k, nodes = arguments.budget_there, arguments.nodes
+    out, pairs = WIDE * arguments.dim_there * nodes, PAIR * joining(k) * nodes
+    reading = there / (bandwidth * arguments.cores)
+    overhead = max(0.0, base) + max(0.0, per_worker) * nodes
+    moving = (out + pairs) / arguments.network
+    columns = COLUMN * arguments.dim_there * joining(k)
+    return {
+        "measured": {
+            "bandwidth_of_a_worker": bandwidth,
+            "overhead_seconds": float(base),
+            "overhead_seconds_per_worker": float(per_worker),
+            "model_over_measured_minus_1": off,
+            "least_reading_share": min(one["reading_share"] for one in fair),
+        },
+        "computed": {
+            "assumed": {"network_bytes_per_second": arguments.network, "cores_of_a_node": arguments.cores},
+            "rows": arguments.rows_there,
+            "dim": arguments.dim_there,
+            "nodes": nodes,
+            "budget": k,
+            "bytes_per_node": there,
+            "seconds_reading": reading,
+            "seconds_overhead": overhead,
+            "bytes_out": out,
+            "bytes_of_pairs": pairs,
+            "seconds_out_and_pairs": moving,
+            "seconds_of_a_pass": reading + overhead + moving,
+            "bytes_of_columns_at_most": columns,
+            "seconds_of_columns_at_most": columns / arguments.network,
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The connection to Ray: a cluster at an address, or one of this machine alone, which nothing else can reach."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from gradpursuit.config import EngineSection
+from gradpursuit.errors import ConfigError, RunError
+
+logger = logging.getLogger("gradpursuit")
+
+# Results and residuals pass through Ray's store, features never do.
+_OBJECT_STORE = 256 * 2**20
+# Ray reads these when it is imported, and hands them to every process that it starts here.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # its name for: every node of this machine has the address 127.0.0.1
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one worker takes of its node."""
+
+    cpus: int
+    gpus: int = 0
+
+
+class Session:
+    """A connection. `engine`: how it was asked for."""
+
+    def __init__(self, engine: EngineSection) -> None:
+        self.engine = engine
+
+    def room(self, resources: Resources) -> int:
+        """How many workers the nodes that are there now have room for, if nothing else runs there."""
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        return sum(int(min(node.get("CPU", 0) // resources.cpus, *_gpu_room(node, resources.gpus))) for node in nodes)
+
+    def has_gpus(self) -> bool:
+        """Whether any node has one."""
+        import ray
+
+        return ray.cluster_resources().get("GPU", 0) > 0
+
+    def workers(self, resources: Resources) -> int:
+        """How many workers there are to be now: as many as there is room for, and not more than are configured.
+
+        Raises:
+            ConfigError: there is room for none.
+        """
+        room = self.room(resources)
+        wanted = self.engine.workers or room
+        if not room:
+            raise ConfigError(
+                f"engine.cpus = {resources.cpus}: no node of the cluster has room for a worker of so many cores"
+                + (f" and {resources.gpus} GPU" if resources.gpus else "")
+                + "; ask for fewer cores"
+            )
+        if wanted > room:
+            logger.warning("engine.workers = %d, but there is room for %d now", wanted, room)
+        return min(wanted, room)
+
+
+def _gpu_room(node: dict[str, float], gpus: int) -> list[float]:
+    return [node.get("GPU", 0) // gpus] if gpus else [float("inf")]
+
+
+@contextmanager
+def connected(engine: EngineSection) -> Iterator[Session]:
+    """Be connected to Ray as `engine` says: to `engine.address`, or to a cluster of this machine started for the block.
+
+    A connection that is there already is used, and left.
+
+    Raises:
+        ConfigError: Ray is not installed.
+        RunError: the cluster cannot be reached.
+    """
+    if engine.address is None:
+        local_only()
+    require_ray()
+    import ray
+
+    if ray.is_initialized():
+        yield Session(engine)
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if engine.address is None:
+        # "local": a new one, where an address left out would mean whatever cluster runs here already.
+        options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
+    else:
+        options.update(address=engine.address)
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise RunError(
+            f"no Ray cluster can be reached at {engine.address or 'this machine'}: {error}; look at `ray status` "
+            "there, or leave --address out to start one on this machine"
+        ) from None
+    try:
+        yield Session(engine)
+    finally:
+        ray.shutdown()
+
+
+def local_only() -> None:
+    """See that a cluster started by this process listens on 127.0.0.1 alone; to be called before Ray is imported.
+
+    Raises:
+        ConfigError: Ray was imported already, with another setting.
+    """
+    late = "ray" in sys.modules and os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") != "0"
+    if late and not sys.modules["ray"].is_initialized():
+        raise ConfigError(
+            "Ray was imported before gradpursuit could keep it on 127.0.0.1; set RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 "
+            "in the environment, or connect it yourself with ray.init() first"
+        )
+    if not late:
+        os.environ.update(_ENVIRONMENT)
+
+
+def require_ray() -> None:
+    """Refuse to go on without Ray.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError(
+            "engine.name = ray, but Ray is not installed; pip install 'gradpursuit[ray]', or leave --engine ray out to "
+            "run on this machine alone"
+        )
