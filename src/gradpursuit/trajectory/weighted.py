@@ -70,8 +70,8 @@ class WeightedTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that are kept for the collator: also the weight, which the model knows nothing of."""
         super()._set_signature_columns_if_needed()
-        if "weight" not in self._signature_columns:
-            self._signature_columns.append("weight")
+        if "weight" not in (kept := self._signature_columns or []):
+            self._signature_columns = [*kept, "weight"]
 
 
 class _Collator:
