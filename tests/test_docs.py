@@ -61,8 +61,10 @@ def folder(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the pages name, and a finished run of the configuration that the tour shows, all small."""
     folder = tmp_path_factory.mktemp("shown")
     (folder / "pool").mkdir()
+    (folder / "my-model").symlink_to(tiny_path)
     job = Job(folder, tiny_path)
-    (folder / "pool.jsonl").rename(folder / "pool" / "first.jsonl")
+    for word in ("plus", "minus"):
+        job.write(f"pool/{word}.jsonl", [job.row(i, word) for i in range(100)])
     job.write("sums.jsonl", [job.row(i, "and") for i in range(6)])
     (shown,) = (block for block in blocks(DOCS / "tour.md", "yaml") if "model:" in block)
     tree = {**yaml.safe_load(shown), **SMALL, "model": job.tree["model"]}
