@@ -31,7 +31,10 @@ def test_real_model_on_a_small_pool(smollm2_path: Path, tmp_path: Path) -> None:
     config = {
         "run_dir": str(tmp_path / "run"),
         "model": {"path": str(smollm2_path)},
-        "data": {name: str(tmp_path / f"{name}.jsonl") for name in ("pool", "target", "heldout")},
+        "data": {
+            "deduplicate": "none",  # how the strategies treat copies is looked at
+            **{name: str(tmp_path / f"{name}.jsonl") for name in ("pool", "target", "heldout")},
+        },
         "warmup": {"fraction": 0.4, "epochs": 1, "checkpoints": 2},
         "gradients": {"shard_rows": ROWS},
         "selection": {"strategies": ["gtp", "less"], "k": 6},

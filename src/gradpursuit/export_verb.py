@@ -46,7 +46,7 @@ def export_with_budget(arguments: argparse.Namespace, config: RunConfig) -> None
     from gradpursuit.selection.budget import BudgetRequest
 
     asked = _given(arguments, *_BUDGET)
-    bounds = {name: dict(asked[name]) for name in ("min_per_source", "max_per_source") if name in asked}
+    bounds: dict[str, Any] = {name: dict(asked[name]) for name in ("min_per_source", "max_per_source") if name in asked}
     request = build_section(BudgetRequest, {**asked, **bounds}, "export")
     made = Run(config)
     with at_work(made):

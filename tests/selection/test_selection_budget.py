@@ -94,7 +94,7 @@ def test_tokens_are_used_up_to_the_row_that_does_not_fit(count: str) -> None:
         return len(found.input_ids) if count == "total" else sum(label != IGNORE for label in found.labels)
 
     costs = [cost(index) for index in made.indices.tolist()]
-    for tokens in range(min(costs) * 4, sum(costs) + 1, 7):
+    for tokens in range(max(costs), sum(costs) + 1, 7):
         request = BudgetRequest.model_validate({"tokens": tokens, "count": count})
         found = bought(request, made, table)
         used = sum(cost(index) for index in found.indices.tolist())

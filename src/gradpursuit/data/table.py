@@ -63,6 +63,11 @@ class Row:
     file: str = ""
 
     @property
+    def where(self) -> str:
+        """File and line, for messages."""
+        return f"{self.file or self.source}:{self.line}"
+
+    @property
     def columns(self) -> dict[str, Any]:
         """Every original column, as it was read."""
         columns: dict[str, Any] = json.loads(self.original)

@@ -76,7 +76,7 @@ def _choices(row: Row, question: Question, where: str) -> list[str]:
     stripped = [choice.strip() for choice in texts]
     if question.text not in stripped or not 1 < len(set(stripped)) == len(stripped) or "" in stripped:
         raise DataError(
-            f"{row.file}:{row.line}: evaluation.accuracy needs a column 'choices' of different texts, one of them "
+            f"{row.where}: evaluation.accuracy needs a column 'choices' of different texts, one of them "
             f"the answer {question.text!r:.60}; found {choices!r:.80} ({where}); add it, or set evaluation.accuracy: "
             "false"
         )

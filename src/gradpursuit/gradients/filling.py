@@ -198,7 +198,7 @@ class StoreFiller(ABC, Generic[KindT]):
         )
         raise GradientError(
             f"{len(dropped)} of {len(table)} rows have no gradient, more than gradients.max_dropped = "
-            f"{self.spec.max_dropped:g} allows: {some}; first at {named[0][0].file}:{named[0][0].line}; {advice}"
+            f"{self.spec.max_dropped:g} allows: {some}; first at {named[0][0].where}; {advice}"
         )
 
 

@@ -91,6 +91,8 @@ class GradientTrajectoryPursuit(PursuitRegressor):
     feature_names_in_ : object [N]
         Names of the columns, if X is a data frame with names.
 
+    Notes
+    -----
     Equal input gives equal output; equal correlations or contributions are ordered by id. Atoms of length zero are
     never chosen. Where fewer than k atoms can be, `support_` is shorter and `stop_reason_` says why; k = N, k above
     the rank, N = 1 and D = 1 are ordinary. No atom that correlates with the target: an empty support. A target of

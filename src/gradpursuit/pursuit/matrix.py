@@ -50,11 +50,13 @@ class GradientMatrix(Protocol):
 class DenseMatrix:
     """A matrix in memory.
 
-    X: array-like or torch tensor [D, N]. float32 and float64 are used as they are, without a copy, also
-    when X is the transposed view of row-contiguous features [N, D] (the fast layout); half precision becomes
-    float32 and integers float64.
+    Args:
+        X: array-like or torch tensor [D, N]. float32 and float64 are used as they are, without a copy, also when X is
+            the transposed view of row-contiguous features [N, D] (the fast layout); half precision becomes float32
+            and integers float64.
 
-    Raises :class:`PursuitError` if X is not a finite, non-empty matrix of real numbers.
+    Raises:
+        PursuitError: X is not a finite, non-empty matrix of real numbers.
     """
 
     def __init__(self, X: ArrayLike) -> None:
@@ -116,17 +118,20 @@ class DenseMatrix:
 class TrajectoryMatrix:
     """Features of several checkpoints, stacked without a copy: A = [(scale_t * U_t)^T]_t, D = sum of d_t.
 
-    blocks: for each checkpoint t the shards of its features U_t, arrays [n_s, d_t] (int8, float16, bfloat16 of
-        `ml_dtypes`, float32 or float64; `np.memmap` stays on disk) which together hold the same N rows, in the same
-        order, at every t.
-    scale: float64 [T, N]; row i of checkpoint t is multiplied by `scale[t, i]`. The scales that int8 rows are stored
-        with, square roots of learning rates, unit rows and the balance of checkpoints are applied here. Default: ones.
-
     Every pass reads the shards once, in order, where they lie: nothing is widened in memory. It uses all processors at
     hand (or NUMBA_NUM_THREADS) and is compiled at first use.
 
-    Raises :class:`PursuitError` if shapes do not fit together; not finite values are found by the first pass,
-    :meth:`squared_norms`.
+    Args:
+        blocks: for each checkpoint t the shards of its features U_t, arrays [n_s, d_t] (int8, float16, bfloat16 of
+            `ml_dtypes`, float32 or float64; `np.memmap` stays on disk) which together hold the same N rows, in the
+            same order, at every t.
+        scale: float64 [T, N]; row i of checkpoint t is multiplied by `scale[t, i]`. The scales that int8 rows are
+            stored with, square roots of learning rates, unit rows and the balance of checkpoints are applied here.
+            None: ones.
+
+    Raises:
+        PursuitError: shapes do not fit together; values that are not finite are found by the first pass,
+            :meth:`squared_norms`.
     """
 
     def __init__(self, blocks: Sequence[Sequence[NDArray[Any]]], scale: ArrayLike | None = None) -> None:

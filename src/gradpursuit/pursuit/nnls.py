@@ -21,9 +21,10 @@ _PASSES = 60  # proximal passes; one or two are usual
 class NNLSResult:
     """A solution of :func:`nnls`.
 
-    x: float64 [n], non-negative, with exact zeros.
-    kkt: the violation of the optimality conditions at x, relative, as defined in :func:`nnls`.
-    n_iter: linear systems solved.
+    Attributes:
+        x: float64 [n], non-negative, with exact zeros.
+        kkt: the violation of the optimality conditions at x, relative, as defined in :func:`nnls`.
+        n_iter: linear systems solved.
     """
 
     x: Float64Array
@@ -42,13 +43,6 @@ def nnls(
 ) -> NNLSResult:
     """Minimise ½ xᵀ(G + ridge·I)x − atbᵀx over x ≥ 0, where G = AᵀA and atb = Aᵀb.
 
-    gram: [n, n], symmetric positive semi-definite; it may be singular (repeated columns, n > D).
-    atb: [n].
-    ridge: ≥ 0, in the units of `gram`.
-    start: [n] or None; entries > 0 say which weights are expected to be positive.
-    tol: the violation to reach.
-    max_iter: most linear systems to solve; default 100 + 5n.
-
     The violation of the Karush-Kuhn-Tucker conditions, with the gradient y = (G + ridge·I)x − atb and the
     lengths s_i = √(G_ii + ridge), is the largest of −y_i/s_i where x_i = 0 and |y_i|/s_i where x_i > 0,
     divided by the largest |atb_i|/s_i. It does not change when b, A or a single column of A (with ridge =
@@ -60,7 +54,16 @@ def nnls(
     singular G is met by proximal passes: each adds a tiny multiple of ½‖x − previous x‖², which makes the
     system positive definite and whose fixed point is the solution of the problem itself.
 
-    Raises :class:`PursuitError` for shapes that do not fit, values that are not finite or a negative ridge.
+    Args:
+        gram: [n, n], symmetric positive semi-definite; it may be singular (repeated columns, n > D).
+        atb: [n].
+        ridge: ≥ 0, in the units of `gram`.
+        start: [n] or None; entries > 0 say which weights are expected to be positive.
+        tol: the violation to reach.
+        max_iter: most linear systems to solve; default 100 + 5n.
+
+    Raises:
+        PursuitError: shapes do not fit, values are not finite or the ridge is negative.
     """
     G, q, x = _checked(gram, atb, ridge, start)
     if len(q) == 0 or q.max() <= 0:  # then x = 0 is the solution

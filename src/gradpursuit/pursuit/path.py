@@ -22,9 +22,13 @@ _GAIN = 0.95
 class Subset:
     """What a budget buys.
 
-    support int64 [m]: atoms, by layer, then by falling contribution; layers int64 [m], from 1; weights float64 [m];
-    relative_residual: ‖b − A w‖/‖b‖ of the first layer; objective of the first layer. Of several targets, each has the
-    residual of its own weights, the root of the mean square is given, and of objectives the mean.
+    Attributes:
+        support: int64 [m], atoms, by layer, then by falling contribution.
+        layers: int64 [m], from 1.
+        weights: float64 [m].
+        relative_residual: ‖b − A w‖/‖b‖ of the first layer; of several targets, each with its own weights, the root
+            of the mean square.
+        objective: of the first layer; of several targets the mean.
     """
 
     support: IntArray

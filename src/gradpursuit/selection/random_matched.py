@@ -67,7 +67,7 @@ class RandomMatched(Section):
             return row.columns[str(self.column)]
         except KeyError:
             raise ConfigError(
-                f"random-matched: {row.file}:{row.line} has no column '{self.column}', which is to name the source; "
+                f"random-matched: {row.where} has no column '{self.column}', which is to name the source; "
                 f"it has {', '.join(row.columns)}"
             ) from None
 

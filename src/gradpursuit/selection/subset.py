@@ -79,7 +79,7 @@ class Subset:
         added = zip(self.weights, self.ranks, self.layers, self.sources, self.duplicate_of, strict=True)
         records = []
         for row, (weight, rank, layer, source, copy) in zip(self.rows, added, strict=True):
-            more = {"weight": float(weight), "rank": int(rank), "layer": int(layer)}
+            more: dict[str, Any] = {"weight": float(weight), "rank": int(rank), "layer": int(layer)}
             giving_way = {"source": source, "duplicate_of": copy}
             more.update((name, value) for name, value in giving_way.items() if name not in left_out)
             records.append({"id": row.id, **row.columns, **more})
@@ -225,6 +225,6 @@ def refuse_reserved_columns(pool: Table) -> None:
         taken = [name for name in RESERVED if name in row.columns]
         if taken:
             raise SelectionError(
-                f"{row.file}:{row.line}: the column '{taken[0]}' is also the name of a column that the export "
+                f"{row.where}: the column '{taken[0]}' is also the name of a column that the export "
                 "adds; rename it in the pool"
             )

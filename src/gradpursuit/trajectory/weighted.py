@@ -70,8 +70,9 @@ class WeightedTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """The columns that are kept for the collator: also the weight, which the model knows nothing of."""
         super()._set_signature_columns_if_needed()
-        if "weight" not in self._signature_columns:
-            self._signature_columns.append("weight")
+        kept: Any = self._signature_columns  # a list by now
+        if "weight" not in kept:
+            kept.append("weight")
 
 
 class _Collator:
