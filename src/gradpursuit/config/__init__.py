@@ -7,6 +7,7 @@ the cause and the nearest right name. A list of names may also be written as one
 from gradpursuit.config.data import ColumnName, DataSection, SourceSection, Turns
 from gradpursuit.config.loading import build_config, build_section, load_config
 from gradpursuit.config.sections import (
+    EngineSection,
     EvaluationSection,
     GradientsSection,
     LoraSection,
@@ -24,6 +25,7 @@ __all__ = [
     "OWN",
     "ColumnName",
     "DataSection",
+    "EngineSection",
     "EvaluationSection",
     "Fraction",
     "GradientsSection",
