@@ -159,7 +159,8 @@ def plain_steps(world: World) -> None:
     """Training steps as a plain script makes them: batches in order, every logit, float32, AdamW."""
     optimizer = torch.optim.AdamW(trainable(world.model).values(), lr=0.0)
     for rows in world.batches(by_length=False):
-        batch = {name: value.to(world.compute.device) for name, value in collate(rows, 0).items()}
+        longest = max(len(row.input_ids) for row in rows)
+        batch = {name: value[:, :longest].to(world.compute.device) for name, value in collate(rows, 0).items()}
         world.model(**batch, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -246,31 +247,29 @@ def precision_effect(world: World) -> dict[str, float]:
 
 
 def peak_memory(arguments: argparse.Namespace) -> dict[str, int]:
-    """Peak resident bytes beyond model and one batch, for 128 rows and for 512, each in a process of its own."""
-    found = {}
-    for copies in (1, 4):
-        command = [
-            sys.executable,
-            __file__,
-            "--memory",
-            str(copies),
-            "--tokens-per-batch",
-            str(arguments.tokens_per_batch),
-        ]
+    """Peak resident bytes of collections beyond those of the model and one batch, each in a process of its own."""
+    peaks = []
+    for copies in (0, 1, 4, 8):
+        command = [sys.executable, __file__, "--memory", str(copies)]
+        command += ["--tokens-per-batch", str(arguments.tokens_per_batch)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        found[f"{128 * copies} rows"] = int(done.stdout.strip().splitlines()[-1])
-    return found
+        peaks.append(int(done.stdout.strip().splitlines()[-1]))
+    batch, *collections = peaks
+    return {f"{128 * copies} rows": peak - batch for copies, peak in zip((1, 4, 8), collections, strict=True)}
 
 
 def memory_of_one(arguments: argparse.Namespace) -> int:
-    """Peak resident bytes of a collection beyond those of the model and one batch's forward and backward pass."""
+    """Peak resident bytes of a process that collects from so many copies of the rows; 0: that passes forward and
+    backward through one batch after the other, with the adapter and no gradient of an example."""
     world = build(arguments)
-    world.rows = [Row(f"{row.id}-{copy}", *_rest(row)) for copy in range(arguments.memory) for row in world.rows]
-    with_adapter(world, world.compute, by_length=True)  # the same batches, one at a time: the largest counts
-    before = _peak()
+    _peak()  # what loading the model took does not count
+    if arguments.memory == 0:
+        with_adapter(world, world.compute, by_length=True)
+        return _peak()
+    rows = [Row(f"{row.id}-{copy}", *_rest(row)) for copy in range(arguments.memory) for row in world.rows]
     with tempfile.TemporaryDirectory() as folder:
-        world.collect(world.rows, Path(folder))
-    return _peak() - before
+        world.collect(rows, Path(folder))
+    return _peak()
 
 
 def _rest(row: Row) -> tuple[Any, ...]:
@@ -366,7 +365,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     parser.add_argument("--memory", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.memory:
+    if arguments.memory is not None:
         print(memory_of_one(arguments))
         return
     found = report(arguments)

@@ -30,7 +30,7 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pipeline import Run, check
 from gradpursuit.store import StoreSpec
 from gradpursuit.trajectory.checkpoint import AdamState
-from gradpursuit.trajectory.loss import token_batches
+from gradpursuit.trajectory.loss import padded_width, token_batches
 from gradpursuit.trajectory.model import load_tokenizer, trainable
 from gradpursuit.trajectory.training import TrainSpec, train
 from gradpursuit.trajectory.warmup import warmup_plan
@@ -274,7 +274,7 @@ def _padded_tokens(table: Table, spec: CollectSpec) -> int:
     for start in range(0, len(table), spec.shard_rows):
         lengths = [len(row.input_ids) for row in table[start : start + spec.shard_rows]]
         plan = token_batches(lengths, spec.tokens_per_batch)
-        total += sum(len(batch) * max(lengths[i] for i in batch) for batch in plan)
+        total += sum(len(batch) * padded_width(max(lengths[i] for i in batch)) for batch in plan)
     return total
 
 

@@ -93,7 +93,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_goes_on(computed: dict[str, dic
     messages = found["messages"]
     assert isinstance(messages, list)
     assert messages[0] == (
-        "out of memory on cpu with 25600 tokens in a batch: gradients.tokens_per_batch is 12800 from here on"
+        "out of memory on cpu with 26624 tokens in a batch: gradients.tokens_per_batch is 13312 from here on"
     )
     assert float(str(found["difference"])) < 1e-4
 

@@ -54,6 +54,14 @@ def raise_it():
     raise KeyboardInterrupt
 
 
+@pytest.fixture(autouse=True)
+def interrupts_are_heard():
+    """A process that was started in the background may ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def signal_it():
     os.kill(os.getpid(), signal.SIGINT)
 

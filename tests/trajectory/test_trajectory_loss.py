@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.errors import ModelError
-from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
+from gradpursuit.trajectory.loss import SupervisedLoss, collate, padded_width, token_batches
 from gradpursuit.trajectory.model import Compute
 
 FLOAT32 = Compute(torch.device("cpu"), None)
@@ -46,9 +46,16 @@ def full_loss(model: Any, item: Row) -> tuple[float, int]:
 
 def test_collate_pads_on_the_right() -> None:
     batch = collate([row([5, 6, 7], [IGNORE, 6, 7]), row([8], [IGNORE])], 9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 6, 7], [IGNORE, IGNORE, IGNORE]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7, *[9] * 5], [8, *[9] * 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, *[0] * 5], [1, *[0] * 7]]
+    assert batch["labels"].tolist() == [[IGNORE, 6, 7, *[IGNORE] * 5], [IGNORE] * 8]
+    assert collate([row([5], [5])], 9, width=16)["input_ids"].shape == (1, 16)
+
+
+def test_batches_have_few_widths() -> None:
+    widths = [padded_width(length) for length in range(1, 4097)]
+    assert all(length <= width <= max(length + 7, length * 1.125) for length, width in enumerate(widths, 1))
+    assert len(set(widths)) == 16 + 5 * 8  # multiples of 8 up to 128, then eight to an octave
 
 
 @pytest.mark.parametrize("budget", [1, 7, 30, 10_000])
@@ -57,7 +64,7 @@ def test_token_batches_hold_every_row_once_within_the_budget(budget: int) -> Non
     batches = token_batches(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(50))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
+        assert len(batch) == 1 or len(batch) * padded_width(max(lengths[i] for i in batch)) <= budget
     order = [index for batch in batches for index in batch]
     assert [(lengths[i], i) for i in order] == sorted((n, i) for i, n in enumerate(lengths))
 

@@ -20,10 +20,10 @@ from gradpursuit.trajectory.model import Compute
 def collate(rows: Sequence[Any], pad_id: int, width: int = 0) -> dict[str, Tensor]:
     """Right-pad rows with `input_ids` and `labels` to `input_ids`, `attention_mask`, `labels`, each [B, L] int64.
 
-    Causal attention never looks to the right, so padding there changes no supervised token's result. L is that of the
-    longest row, and `width` at least.
+    Causal attention never looks to the right, so padding there changes no supervised token's result. L is the
+    :func:`padded_width` of the longest row, and `width` at least.
     """
-    width = max(width, *(len(row.input_ids) for row in rows))
+    width = max(width, *(padded_width(len(row.input_ids)) for row in rows))
     ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORE, dtype=torch.long)
     mask = torch.zeros((len(rows), width), dtype=torch.long)
@@ -35,6 +35,16 @@ def collate(rows: Sequence[Any], pad_id: int, width: int = 0) -> dict[str, Tenso
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def padded_width(length: int) -> int:
+    """The least width of a batch that holds a row of `length` tokens: a multiple of 8, eight of them to an octave.
+
+    Products in bfloat16 on a processor (oneDNN) leave a megabyte or two of machine code behind for every shape that
+    they meet, and never let go of it: batches of any width would fill the memory with it.
+    """
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 4))
+    return -(-length // step) * step
+
+
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Indices grouped by length so that a batch, padded, holds at most `budget` tokens (or one row).
 
@@ -42,7 +52,7 @@ def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[index] <= budget:
+        if batches and (len(batches[-1]) + 1) * padded_width(lengths[index]) <= budget:
             batches[-1].append(index)
         else:
             batches.append([index])
