@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -17,6 +18,7 @@ from gradpursuit.config import load_config
 from gradpursuit.evaluation.findings import Line
 from gradpursuit.pipeline import Run
 from gradpursuit.report import fit, fitting
+from gradpursuit.report.comparison import comparison
 from gradpursuit.report.findings import findings
 from gradpursuit.report.fit import Explainer
 from gradpursuit.report.page import render
@@ -127,6 +129,21 @@ def test_rows_carry_text_weight_and_whom_they_serve(finished: Job, report: dict[
         assert {one["id"] for one in row["serves"]} <= targets
     cosines = [example["cosine"] for example in report["targets"]["examples"]]
     assert cosines == sorted(cosines), "the least served first"
+
+
+def test_loss_before_is_that_of_the_target_chosen_for(finished: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = quick(finished.run_dir)
+    lines = run.lines()
+    others = [replace(line, target="other", before=line.before + 1) for line in lines]
+    monkeypatch.setattr(Run, "lines", lambda _: [*others, *lines])
+    found = comparison(run)
+    assert (found["before"], found["target"]) == (None, "own")
+    assert [row["before"] for row in found["rows"]] == [line.before for line in (*others, *lines)]
+    report = gather(run)
+    own = next(line for line in lines if line.strategy == "gtp")
+    words = " ".join(Page(render(report)).words)
+    assert f"{own.before:.2f} → {own.after:.2f}" in words
+    assert f"{own.before + 1:.2f} →" not in words
 
 
 def test_before_and_after(report: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradpursuit.config import OWN
 from gradpursuit.report.absent import require
 
 if TYPE_CHECKING:
@@ -20,17 +21,20 @@ _WHOLE = ("reference_budget", "other_budget", "positive", "pairs")
 def comparison(run: Run) -> dict[str, Any]:
     """Held-out scores of every strategy and budget with the interval of its gain, and the paired differences.
 
+    `target` is the one that the run's selection serves; `before` is there if it is the same for all lines.
+
     Raises:
         AbsentError: nothing was compared yet, or for other selections.
     """
     require(run, "evaluation")
     lines = run.lines()
-    before = lines[0].before
+    before = {line.before for line in lines}
     return {
         "metric": "held-out loss, nats per supervised token",
         "interval": "95 % interval",
         "seeds": max(len(line.losses) for line in lines),
-        "before": None if math.isnan(before) else before,
+        "before": _number(before.pop()) if len(before) == 1 else None,
+        "target": run.config.selection.target or OWN,
         "rows": [_row(line, lines) for line in lines],
         "differences": _differences(run),
     }
@@ -47,6 +51,8 @@ def _row(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
         "group": " · ".join(
             getattr(line, name) for name in ("target", "protocol") if len({getattr(one, name) for one in lines}) > 1
         ),
+        "target": line.target,
+        "before": _number(line.before),
         "budget": line.budget,
         "examples": line.examples,
         "copies": line.copies,
@@ -72,5 +78,8 @@ def _value(name: str, text: str) -> str | int | float | None:
         return text
     if name in _WHOLE:
         return int(text)
-    number = float(text)
-    return None if math.isnan(number) else number
+    return _number(float(text))
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
