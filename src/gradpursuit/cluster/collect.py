@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-from gradpursuit.cluster.errors import raised_by, reason_of
+from gradpursuit import __version__
+from gradpursuit.cluster.errors import raised_by, reason_of, require_begun, require_same_version
 from gradpursuit.cluster.session import Resources, Session
 from gradpursuit.data import Row, Table
 from gradpursuit.errors import GradPursuitError, RunError
@@ -24,7 +25,7 @@ Line = tuple[int, str]  # of the log: level and message
 
 _LOOK_AROUND = 1.0  # seconds after which it is seen whether nodes have joined
 _PATIENCE = 60  # looks after which it is said that no worker has begun
-_DEATHS = 3  # of workers at the same shard, or at the model before one could load it
+_DEATHS = 3  # of workers at the same shard, or of all of them at the model before one could load it
 _MODEL = "the model"
 
 
@@ -48,40 +49,47 @@ class GradientWorker:
     """Holds a model, computes shards and writes them.
 
     open_filler: what makes the model and its checkpoints, on any machine that sees the run folder. precision: of the
-    driver, which must be that of every worker.
+    driver, and driver: the version of gradpursuit there; both must be those of every worker.
     """
 
-    def __init__(self, open_filler: OpenFiller, precision: str, threads: int) -> None:
+    _filler: StoreFiller[Any] | None = None
+
+    def __init__(self, open_filler: OpenFiller, precision: str, threads: int, driver: str) -> None:
+        require_same_version(driver)
         self._open, self._precision, self._threads = open_filler, precision, threads
         self._stack, self._lines = ExitStack(), _Lines()
         logging.getLogger("gradpursuit").addHandler(self._lines)
 
     def begin(self) -> list[Line]:
-        """Load the model; what was logged.
+        """Load the model, if it is not there; what was logged.
 
         Raises:
             RunError: it cannot be loaded here, or computes here in another precision.
         """
         import torch
 
+        if self._filler is not None:
+            return self._lines.taken()
         torch.set_num_threads(self._threads)
         try:
-            self._filler = self._stack.enter_context(self._open())
+            filler = self._stack.enter_context(self._open())
         except (GradPursuitError, OSError) as error:
             raise RunError(
                 f"node {socket.gethostname()}: {error} (every node must see the run folder, and the model, under the "
                 "same path as this machine)"
             ) from None
-        if self._filler.precision != self._precision:
+        if filler.precision != self._precision:
             raise RunError(
-                f"node {socket.gethostname()} computes in {self._filler.precision}, this machine in "
+                f"node {socket.gethostname()} computes in {filler.precision}, this machine in "
                 f"{self._precision}: features would depend on who computed them; give model.precision: float32 or "
                 "bfloat16, not auto"
             )
+        self._filler = filler
         return self._lines.taken()
 
     def fill(self, task: ShardTask) -> tuple[dict[int, str], list[Line]]:
         """Compute and write what is not there yet of a task; the rows dropped, with reasons, and what was logged."""
+        assert self._filler is not None
         t, s, first = task.checkpoint, task.shard, task.folders[0]
         lacking = [(kind, to) for kind, to in zip(task.kinds, task.folders, strict=True) if not to.has(t, s)]
         if not lacking:
@@ -121,6 +129,51 @@ class _Worker:
     ready: bool = False
 
 
+class _Work:
+    """What is to be done: the shards that wait, and which worker is at which; None: it loads the model.
+
+    The rows of a shard are read when a worker takes it, as all of them need not fit into memory here.
+    """
+
+    def __init__(self, table: Table, stores: Mapping[Any, GradientStore], todo: Todo[Any]) -> None:
+        self._table, self._stores, self._todo = table, stores, todo
+        self.waiting = deque(todo)
+        self.busy: dict[Any, tuple[_Worker, ShardTask | None]] = {}
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a shard waits, or a worker is at one."""
+        return bool(self.waiting) or any(task for _, task in self.busy.values())
+
+    def begin(self, worker: _Worker) -> None:
+        """Let a worker load the model, or say that it has."""
+        worker.ready = False
+        self.busy[worker.actor.begin.remote()] = worker, None
+
+    def share(self, workers: Sequence[_Worker]) -> None:
+        """Give those that are ready and idle a shard each, as long as there are any."""
+        for worker in self._idle(workers):
+            if not self.waiting:
+                return
+            task = self._task(*self.waiting.popleft())
+            self.busy[worker.actor.fill.remote(task)] = worker, task
+
+    def give_back(self, task: ShardTask | None, workers: Sequence[_Worker]) -> None:
+        """Let others of the `workers` do what one was at that was lost; those that are idle may be lost as well."""
+        if task:
+            self.waiting.appendleft((task.checkpoint, task.shard))
+        for worker in self._idle(workers):
+            self.begin(worker)
+
+    def _idle(self, workers: Sequence[_Worker]) -> list[_Worker]:
+        employed = {worker for worker, _ in self.busy.values()}
+        return [worker for worker in workers if worker.ready and worker not in employed]
+
+    def _task(self, t: int, s: int) -> ShardTask:
+        folders = [self._stores[kind].shards for kind in self._todo[t, s]]
+        return ShardTask(t, s, self._todo[t, s], folders, [self._table[i] for i in folders[0].range(s)])
+
+
 @dataclass
 class ClusterFill:
     """Fills shards with workers of a cluster; the face of :class:`~gradpursuit.gradients.filling.Fill`.
@@ -141,6 +194,7 @@ class ClusterFill:
     begun: int = 0
     _workers: list[_Worker] = field(default_factory=list)
     _deaths: Counter[str] = field(default_factory=Counter)
+    _most: int = 0  # workers that there has been room for
     _waiting: bool = False
     _looks: int = 0
 
@@ -149,25 +203,17 @@ class ClusterFill:
     ) -> Iterator[Mapping[int, str]]:
         """As :meth:`Fill.__call__`."""
         self.session.workers(self.resources)  # refuses where there is room for none
-        shards = next(iter(stores.values())).spec.shards()
-        queue = deque(
-            ShardTask(t, s, kinds, [stores[kind].shards for kind in kinds], [table[i] for i in shards[s]])
-            for (t, s), kinds in todo.items()
-        )
-        busy: dict[Any, tuple[_Worker, ShardTask | None]] = {}
-        for worker in self._workers:
-            self._next(worker, queue, busy)
-        while queue or any(task for _, task in busy.values()):
-            self._grow(queue, busy)
-            for done in self._wait(list(busy)):
-                worker, task = busy.pop(done)
+        work = _Work(table, stores, todo)
+        while work.unfinished:
+            work.share(self._workers)
+            self._grow(work)
+            for done in self._wait(list(work.busy)):
+                worker, task = work.busy.pop(done)
                 found = self._answer(done, worker, task)
                 if found is None:
-                    if task:
-                        queue.appendleft(task)
-                    continue
-                self._next(worker, queue, busy)
-                if task:
+                    work.give_back(task, self._workers)
+                elif task:
+                    work.share(self._workers)
                     advance(len(task.rows))
                     yield found
 
@@ -194,12 +240,13 @@ class ClusterFill:
                 logger.warning("no worker has loaded the model yet; `ray status` tells whether the cluster has room")
         return done
 
-    def _grow(self, queue: deque[ShardTask], busy: dict[Any, tuple[_Worker, ShardTask | None]]) -> None:
+    def _grow(self, work: _Work) -> None:
         """Begin workers, as many as there is room and work for."""
         import ray
 
         room = self.session.room(self.resources)
-        wanted = min(room, self.session.engine.workers or room, len(self._workers) + len(queue))
+        self._most = max(self._most, room)
+        wanted = min(room, self.session.engine.workers or room, len(self._workers) + len(work.waiting))
         if not room and not self._waiting:
             logger.warning("no node of the cluster has room for a worker any more; waiting for one to join")
         self._waiting = not room
@@ -207,18 +254,10 @@ class ClusterFill:
         while len(self._workers) < wanted:
             actor = ray.remote(GradientWorker).options(**options, scheduling_strategy="SPREAD")
             self.begun += 1
-            made: Any = actor.remote(self.open_filler, self.precision, self.resources.cpus)
+            made: Any = actor.remote(self.open_filler, self.precision, self.resources.cpus, __version__)
             worker = _Worker(made, f"worker {self.begun}")
             self._workers.append(worker)
-            busy[made.begin.remote()] = worker, None
-
-    def _next(
-        self, worker: _Worker, queue: deque[ShardTask], busy: dict[Any, tuple[_Worker, ShardTask | None]]
-    ) -> None:
-        """Give a worker that is idle and ready something to do."""
-        if worker.ready and queue:
-            task = queue.popleft()
-            busy[worker.actor.fill.remote(task)] = worker, task
+            work.begin(worker)
 
     def _answer(self, reference: Any, worker: _Worker, task: ShardTask | None) -> Mapping[int, str] | None:
         """The dropped rows of a finished task (none of a worker that is ready now); None: the worker is lost."""
@@ -243,15 +282,17 @@ class ClusterFill:
     def _lose(self, worker: _Worker, task: ShardTask | None, why: BaseException) -> None:
         import ray
 
+        require_begun(why)
         self._workers.remove(worker)
         self.lost += 1
         ray.kill(worker.actor)
-        place = task.name if task else _MODEL
-        logger.warning("%s was lost at %s; another one does it again", worker.name, place)
+        place, reason = task.name if task else _MODEL, reason_of(why)
+        logger.warning("%s was lost at %s (%s); another one does it again", worker.name, place, reason)
         self._deaths[place] += 1
-        if self._deaths[place] >= _DEATHS:
+        # A shard is at one worker at a time, but a node that is lost takes all with it that load the model there.
+        if self._deaths[place] >= _DEATHS * (1 if task else max(1, self._most)):
             raise RunError(
-                f"{place}: {_DEATHS} workers died at it, the last: {reason_of(why)}; do they have memory enough? Lower "
-                "gradients.tokens_per_batch, or give engine.cpus more cores, so that fewer share a node. Finished "
-                "shards are kept"
+                f"{place}: {self._deaths[place]} workers died at it, the last: {reason}; do they have memory enough? "
+                "Lower gradients.tokens_per_batch, or give engine.cpus more cores, so that fewer share a node. "
+                "Finished shards are kept"
             )

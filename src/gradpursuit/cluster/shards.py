@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gradpursuit.cluster.errors import require_same_version
+from gradpursuit.errors import StoreError
 from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit.matrix import TrajectoryMatrix
 from gradpursuit.pursuit.ranking import Place, RankedScores, scores_of
@@ -34,11 +37,19 @@ class Part:
         """Their features at every checkpoint, memory-mapped where they lie on a disk, every byte checked.
 
         Raises:
-            StoreError: the shard is missing or broken; its path is named.
+            StoreError: the shard is missing or broken, or lacks one of the rows; its path is named.
         """
         found = [self.shards.read(t, self.shard, verify=True) for t in range(self.shards.checkpoints)]
-        features = TrajectoryFeatures([[shard.block] for shard in found])
-        return features.take(np.searchsorted(found[0].row, self.rows))
+        for t, shard in enumerate(found):
+            if lacking := sorted(set(self.rows.tolist()).difference(shard.row.tolist())):
+                raise StoreError(
+                    f"{self.shards.path(t, self.shard)}: {len(lacking)} rows that are asked for are not there (first: "
+                    f"{lacking[:5]}); ask for those of `GradientStore.kept()`, or collect the gradients again"
+                )
+        taken = [
+            TrajectoryFeatures([[shard.block]]).take(np.searchsorted(shard.row, self.rows)).blocks[0] for shard in found
+        ]
+        return TrajectoryFeatures(taken)
 
 
 def parts_of(shards: ShardFolder, rows: IntArray) -> list[Part]:
@@ -97,12 +108,13 @@ class Alone:
 class ShardWorker:
     """Owns parts of pools and answers for their rows; ids are those of the whole pool.
 
-    threads: that its passes use.
+    threads: that its passes use. driver: the version of gradpursuit there, which must be that of every worker.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, driver: str) -> None:
         import numba
 
+        require_same_version(driver)
         os.environ["NUMBA_NUM_THREADS"] = str(threads)
         numba.config.reload_config()  # it may have been imported before
         self._parts: dict[str, dict[int, Part]] = {}
@@ -116,6 +128,17 @@ class ShardWorker:
         """Be responsible for more parts, by number; they are opened when they are first asked about."""
         self._parts.setdefault(pool, {}).update(parts)
 
+    def disown(self, pool: str, numbers: Sequence[int]) -> None:
+        """Be responsible for parts no longer, and hold nothing of them."""
+        for number in numbers:
+            self._parts[pool].pop(number, None)
+            self._opened.pop((pool, number), None)
+        for (of, _), seen in self._views.items():
+            if of == pool:
+                for number in numbers:
+                    seen.pop(number, None)
+        self._forget(lambda asked: asked.pool == pool and not set(numbers).isdisjoint(asked.numbers))
+
     def see(self, pool: str, view: str, parts: dict[int, View]) -> None:
         """Know how parts, by number, are seen in a view."""
         self._views.setdefault((pool, view), {}).update(parts)
@@ -123,11 +146,7 @@ class ShardWorker:
     def drop(self, pool: str, view: str) -> None:
         """Forget a view."""
         self._views.pop((pool, view), None)
-        self._matrices = {
-            asked: made for asked, made in self._matrices.items() if (asked.pool, asked.view) != (pool, view)
-        }
-        if self._ranking is not None and (self._ranking[0][0].pool, self._ranking[0][0].view) == (pool, view):
-            self._ranking = None
+        self._forget(lambda asked: (asked.pool, asked.view) == (pool, view))
 
     def correlate(self, asked: Question, r: FloatArray) -> Float64Array:
         """A^T r for the rows: [n] or [n, q]."""
@@ -178,6 +197,11 @@ class ShardWorker:
     def timing(self) -> dict[str, float]:
         """Seconds in passes so far, and those of them that went into reading and multiplying."""
         return dict(self.seconds)
+
+    def _forget(self, about: Callable[[Question], bool]) -> None:
+        self._matrices = {asked: made for asked, made in self._matrices.items() if not about(asked)}
+        if self._ranking is not None and about(self._ranking[0][0]):
+            self._ranking = None
 
     def _matrix(self, asked: Question) -> TrajectoryMatrix:
         if asked not in self._matrices:

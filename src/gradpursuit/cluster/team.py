@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from gradpursuit.cluster.errors import raised_by, reason_of
+from gradpursuit import __version__
+from gradpursuit.cluster.errors import raised_by, reason_of, require_begun
 from gradpursuit.cluster.session import Resources, Session
 from gradpursuit.cluster.shards import Part, ShardWorker, View
 from gradpursuit.errors import RunError
@@ -60,7 +61,7 @@ class Team:
         import ray
 
         options = {"num_cpus": self.resources.cpus, "max_restarts": 0, "scheduling_strategy": "SPREAD"}
-        actor = ray.remote(ShardWorker).options(**options).remote(self.resources.cpus)
+        actor = ray.remote(ShardWorker).options(**options).remote(self.resources.cpus, __version__)
         self._begun += 1
         member = Member(actor, f"worker {self._begun}")
         self.members.append(member)
@@ -115,6 +116,7 @@ class Ownership:
         self.starts = np.cumsum([0, *(len(part.rows) for part in parts)])
         self._views: dict[str, tuple[tuple[int, ...], Float64Array | None]] = {}
         self._owner: dict[int, Member] = {}
+        self._informed: dict[int, Any] = {}  # part -> reference that is resolved when its owner knows
         self._deaths: Counter[int] = Counter()
         members = list(team.members)
         given = shares([len(part.rows) for part in parts], len(members)) if owners is None else owners
@@ -136,7 +138,7 @@ class Ownership:
 
         Raises:
             GradPursuitError: what the worker raised.
-            RunError: a part has outlived several owners.
+            RunError: a part has outlived several owners, or workers cannot begin.
         """
         import ray
         from ray.exceptions import RayError, RayTaskError
@@ -204,9 +206,12 @@ class Ownership:
 
     def _hand_over(self, member: Member, why: BaseException) -> None:
         """The parts of a lost worker go to those that own the fewest rows."""
+        require_begun(why)
         self.team.lose(member, why)
         orphans = [number for number, owner in self._owner.items() if owner is member]
-        self._deaths.update(orphans)
+        # All workers of a lost node are dead before it is known of them all: what one of them was given meanwhile did
+        # not kill it. When none is left it counts, as it may be that new ones die before they can be told anything.
+        self._deaths.update(number for number in orphans if not self.team.members or self._was_told(number))
         for number in orphans:
             if self._deaths[number] >= _DEATHS:
                 part = self.parts[number]
@@ -225,11 +230,26 @@ class Ownership:
             rows[given[number].name] += len(self.parts[number].rows)
         self._assign(given)
 
+    def _was_told(self, number: int) -> bool:
+        """Whether the owner of a part, which has died since, was alive when it was given it."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(self._informed[number], timeout=0)
+        except RayError:
+            return False
+        return True
+
     def _assign(self, given: dict[int, Member]) -> None:
         """Make members the owners; what they cannot open, they tell when they are asked."""
+        for member, theirs in self._grouped([number for number in given if number in self._owner]):
+            if member in self.team.members:
+                member.actor.disown.remote(self.pool, theirs)
         self._owner.update(given)
         for member, mine in self._grouped(list(given)):
-            member.actor.own.remote(self.pool, {number: self.parts[number] for number in mine})
+            told = member.actor.own.remote(self.pool, {number: self.parts[number] for number in mine})
+            self._informed.update(dict.fromkeys(mine, told))
             for name in self._views:
                 member.actor.see.remote(self.pool, name, self._view(name, mine))
 
