@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_SECRET_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SECRET_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 _HEAD = 256 * 2**10  # bytes that hold the header of a shard and mostly all but its features
 _LEAST_SECRET = 8  # characters of a value of the environment that is taken for a secret
 

@@ -84,14 +84,26 @@ def test_workers_killed_in_and_between_passes_leave_the_same_answer(cluster: Clu
     team.close()
 
 
-def test_when_every_worker_is_gone_a_new_one_begins(cluster: Cluster, tmp_path: Path) -> None:
+def test_when_all_workers_die_at_once_a_new_one_begins(cluster: Cluster, tmp_path: Path) -> None:
     pool = Pool(tmp_path)
-    team = Team.begin(SESSION, 1)
+    team = Team.begin(SESSION, 3)
     matrix = pool.on(team)
     matrix.squared_norms()
-    os.kill(pid_of(team, 0), signal.SIGKILL)
-    same(pool.pursue(matrix), pool.pursue(pool.matrix()))
-    assert (team.lost, len(team.members)) == (1, 1)
+    for pid in [pid_of(team, place) for place in range(3)]:
+        os.kill(pid, signal.SIGKILL)
+    same(pool.pursue(matrix), pool.pursue(pool.matrix()))  # though shards were given to three that were dead
+    assert (team.lost, len(team.members)) == (3, 1)
+    team.close()
+
+
+def test_a_worker_of_another_version_is_refused_at_once(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradpursuit.cluster.team.__version__", "0.0.1")
+    team = Team.begin(SESSION, 1)
+    with pytest.raises(RunError, match=r"a worker cannot begin: .* has gradpursuit .*, the driver 0\.0\.1; every node"):
+        Pool(tmp_path).on(team).squared_norms()
+    assert team.lost == 0
     team.close()
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import ray
 from nodes import NODE, Cluster
 from ray import cloudpickle
+from ray.exceptions import RayError
 
 from gradpursuit.cluster import Resources, Session
 from gradpursuit.cluster.collect import ClusterFill
@@ -60,13 +62,15 @@ def moved(config: RunConfig, folder: Path, **sections: Any) -> RunConfig:
 
 
 def fill_pool(run: Run, at_shard: Mapping[int, Callable[[ClusterFill], None]]) -> ClusterFill:
-    """Collect the pool; after the given numbers of finished shards something happens."""
+    """Collect the pool; after so many finished shards, or with so many left (negative), something happens."""
     pool = splits(run)[-1]
     with collector(run) as made, ClusterFill(SESSION, partial(collector, run), made.precision, RESOURCES) as fill:
 
         def disturbed(*arguments: Any) -> Iterator[Mapping[int, str]]:
+            todo = arguments[2]
             for done, dropped in enumerate(fill(*arguments), 1):
-                at_shard.get(done, lambda _: None)(fill)
+                for number in (done, done - len(todo)):
+                    at_shard.get(number, lambda _: None)(fill)
                 yield dropped
 
         made.fill = disturbed
@@ -87,6 +91,10 @@ def same_features(folder: Path, whole: Path) -> None:
             np.testing.assert_allclose(left, right, rtol=0, atol=1e-5 * np.abs(right).max())
 
 
+def node_of(_: Any) -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def die_in_next_shard(worker: Any) -> None:
     """From now on the process is killed when it has computed a shard, before it writes it."""
     compute = worker._filler.shards
@@ -96,6 +104,11 @@ def die_in_next_shard(worker: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     worker._filler.shards = shards
+
+
+def stick_in_next_shard(worker: Any) -> None:
+    """From now on it never comes back from a shard."""
+    worker._filler.shards = lambda *_: time.sleep(3600)
 
 
 def version(path: Any) -> str:
@@ -122,14 +135,21 @@ def test_workers_that_die_and_nodes_that_join_and_leave_change_nothing(cluster: 
         ray.get(one.actor.__ray_call__.remote(die_in_next_shard))
         before.update(finished(run.folder))
 
-    def leave(_: ClusterFill) -> None:
-        cluster.remove_node(joined[0])
-
     def join(_: ClusterFill) -> None:
         joined.append(cluster.add_node(**NODE))
 
-    fill = fill_pool(run, {2: kill, 3: join, 9: leave})
-    assert fill.lost >= 1
+    def stick(fill: ClusterFill) -> None:
+        found = {}
+        for worker in fill._workers:
+            with suppress(RayError):  # one was killed
+                found[ray.get(worker.actor.__ray_call__.remote(node_of))] = worker
+        ray.get(found[joined[0].node_id].actor.__ray_call__.remote(stick_in_next_shard))
+
+    def leave(_: ClusterFill) -> None:
+        cluster.remove_node(joined[0])  # what it was at is left to others, which have been idle for some time
+
+    fill = fill_pool(run, {2: kill, 3: join, 5: stick, -1: leave})
+    assert fill.lost == 2
     assert fill.begun >= 4
     assert before
     assert before.items() <= finished(run.folder).items()

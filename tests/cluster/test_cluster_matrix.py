@@ -12,7 +12,7 @@ import pytest
 from nodes import Cluster
 from pools import Pool, same
 
-from gradpursuit.cluster import ClusterFeatures
+from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, parts_of
 from gradpursuit.cluster.session import Session
 from gradpursuit.cluster.team import Team, shares
 from gradpursuit.config import EngineSection
@@ -147,24 +147,34 @@ def test_traffic_is_a_residual_out_and_pairs_and_columns_back(team: Team, pool: 
     }
 
 
+def opened_by(team: Team, matrix: RayGradientMatrix) -> list[list[int]]:
+    """The numbers of the parts that each worker holds open."""
+    import ray
+
+    name = matrix._owned.pool
+
+    def opened(worker: Any) -> list[int]:
+        return sorted(number for pool, number in worker._opened if pool == name)
+
+    return ray.get([member.actor.__ray_call__.remote(opened) for member in team.members])  # type: ignore[no-any-return]
+
+
 def test_a_worker_opens_its_own_shards_alone_and_forgets_what_nobody_looks_at(team: Team, pool: Pool) -> None:
     import ray
 
-    def held(worker: Any) -> tuple[list[int], int]:
-        return sorted(number for _, number in worker._opened if _ == name), len(worker._views)
+    def views(worker: Any) -> int:
+        return len(worker._views)
 
     owners = [number % 3 for number in range(len(pool.parts()))]
     matrix = pool.on(team, owners)
-    name = matrix._owned.pool
     pool.pursue(matrix)
-    found = [ray.get(member.actor.__ray_call__.remote(held)) for member in team.members]
-    assert [opened for opened, _ in found] == [
+    assert opened_by(team, matrix) == [
         [number for number, owner in enumerate(owners) if owner == place] for place in range(WORKERS)
     ]
-    before = found[0][1]
+    before = ray.get(team.members[0].actor.__ray_call__.remote(views))
     del matrix
     gc.collect()
-    assert ray.get(team.members[0].actor.__ray_call__.remote(held))[1] < before
+    assert ray.get(team.members[0].actor.__ray_call__.remote(views)) < before
 
 
 def test_two_levels_pursue_what_each_part_chooses_alone(team: Team, pool: Pool) -> None:
@@ -178,11 +188,23 @@ def test_two_levels_pursue_what_each_part_chooses_alone(team: Team, pool: Pool) 
         expected += ids[alone.support_].tolist()
     found = matrix.winners(pool.target, 16, 3, settings)
     assert found.tolist() == sorted(expected)
-    assert len(matrix.traffic.passes) == 0
+    (moved,) = matrix.traffic.passes
+    assert (moved.residual_bytes, moved.pairs) == (3 * 8 * 60, 0)
+    assert sorted(number for opened in opened_by(team, matrix) for number in opened) == list(range(len(pool.parts())))
     exact = pool.pursue(one)
     near = GradientTrajectoryPursuit(24, max_coherence=None).fit(matrix.columns(found), pool.target)
     assert near.residual_path_[-1] <= 1.25 * exact.residual_path_[-1]
     same(pool.pursue(matrix), exact)  # shards that moved for it still answer
+
+
+def test_rows_that_a_shard_does_not_hold_are_no_other_rows(tmp_path: Path) -> None:
+    pool = Pool(tmp_path)
+    pool.store.exclude({30: "overflow"})
+    every, kept = (parts_of(pool.store.shards, rows) for rows in (np.arange(240), pool.store.kept()))
+    assert len(kept[1].open()) == 22
+    with pytest.raises(StoreError, match=r"1 rows that are asked for are not there \(first: \[30\]\)") as error:
+        every[1].open()
+    assert str(pool.store.path(0, 1)) in str(error.value)
 
 
 def test_an_unreadable_shard_is_named(team: Team, tmp_path: Path) -> None:

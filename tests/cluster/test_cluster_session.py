@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,39 @@ def test_a_cluster_started_for_a_command_is_of_this_machine_alone_and_ends_with_
     assert addresses
     assert addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     assert lines[-1] == "left 0"
+
+
+NOBODY = """
+import socket
+from gradpursuit.cluster import connected
+from gradpursuit.config import EngineSection
+from gradpursuit.errors import RunError
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+for address in (f"127.0.0.1:{port}", "127.0.0.1:80", "nonsense"):
+    try:
+        with connected(EngineSection(name="ray", address=address)):
+            print("connected")
+    except RunError as error:
+        print(f"{address} told", str(error).replace(address, "HERE", 1))
+"""
+
+
+def test_an_address_where_no_cluster_is_is_told() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", NOBODY],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RAY_NUM_REDIS_GET_RETRIES": "1"},  # it waits for a cluster that is only starting
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3, done.stdout + done.stderr
+    for line in lines:
+        assert " told no Ray cluster can be reached at HERE: " in line
+        assert line.endswith("or leave --address out to start one on this machine")
 
 
 def test_without_ray_the_message_says_what_to_install(
@@ -85,8 +119,9 @@ def test_urls_and_addresses_with_secrets_are_refused_and_not_repeated() -> None:
         assert "hunter2" not in str(error.value)
 
 
-def test_messages_of_libraries_lose_their_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
+@pytest.mark.parametrize("name", ["AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_CONNECTION_STRING"])
+def test_messages_of_libraries_lose_their_secrets(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "hunter2hunter2")
     told = without_secrets(
         'EndpointConnectionError: no connection to "http://me:hunter2@host:9000/features/a?X-Amz-Signature=hunter2" '
         "with hunter2hunter2; is it up?"

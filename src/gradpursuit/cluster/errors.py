@@ -20,10 +20,11 @@ def raised_by(error: Any) -> BaseException:
 
 def reason_of(error: BaseException) -> str:
     """What Ray says of a process that it lost, or of a cluster that it did not reach, in one line."""
-    first, *others = str(error).splitlines() or [""]
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # "The actor died unexpectedly" is followed by lines with a tab (who and where), and then by the reason.
-    told = next((line for line in others if line.strip() and not line.startswith("\t")), first).strip()
-    return without_secrets(told[:_TOLD]) or type(error).__name__
+    about = [place for place, line in enumerate(lines) if line.startswith("\t")]
+    told = lines[about[-1] + 1] if about and about[-1] + 1 < len(lines) else lines[0]
+    return without_secrets(told.strip()[:_TOLD])
 
 
 def require_begun(error: Any) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from gradpursuit.cluster.errors import reason_of
 from gradpursuit.config import EngineSection
 from gradpursuit.errors import ConfigError, RunError
 
@@ -83,12 +84,13 @@ def connected(engine: EngineSection) -> Iterator[Session]:
 
     Raises:
         ConfigError: Ray is not installed.
-        RunError: the cluster cannot be reached.
+        RunError: the cluster cannot be reached, or does not let us in.
     """
     if engine.address is None:
         local_only()
     require_ray()
     import ray
+    from ray.exceptions import RayError
 
     if ray.is_initialized():
         yield Session(engine)
@@ -99,12 +101,15 @@ def connected(engine: EngineSection) -> Iterator[Session]:
         options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
     else:
         options.update(address=engine.address)
+    where = f"at {engine.address}" if engine.address else "on this machine"
+    logger.info("connecting to Ray %s", where)
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, RayError) as error:
+        ray.shutdown()  # of what was there before it failed
         raise RunError(
-            f"no Ray cluster can be reached at {engine.address or 'this machine'}: {error}; look at `ray status` "
-            "there, or leave --address out to start one on this machine"
+            f"no Ray cluster can be reached {where}: {reason_of(error)}; look at `ray status` there (this machine must "
+            "be one of its nodes), or leave --address out to start one on this machine"
         ) from None
     try:
         yield Session(engine)
