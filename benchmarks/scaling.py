@@ -7,8 +7,11 @@ strong     the same rows on more workers. weak: the same rows for each worker
 overhead   passes over next to no rows, on more workers than there are cores: what a pass costs beside reading
 fits       whole pursuits with their residuals: one machine, exact on workers (the same answer), two-level
 model      seconds of a pass = bytes of a worker / its bandwidth + overhead + overhead of a worker × workers; its three
-           constants are fitted to what was measured. With a bandwidth of the network it says what a pass on --nodes
-           would take: that is computed, not measured
+           constants are fitted to what was measured. With a bandwidth of the network, and as many passes and columns
+           for each chosen row as the measured pursuit took, it says what passes on --nodes would take: that is
+           computed, not measured, and without the driver's refits
+
+Rows lie in the page cache, so bandwidth is that of memory and kernel, not of a disk.
 
 All of Ray stays on 127.0.0.1. A worker has one thread, so workers beyond the cores share them: figures for more workers
 than cores say nothing about scaling, and are used for the overhead alone.
@@ -42,6 +45,7 @@ from store import machine
 CHECKPOINTS, SHARD_ROWS, DTYPE = 2, 1024, "float16"
 PAIR, WIDE, COLUMN = 16, 8, 4  # bytes of a pair, of a number of the residual, of a number of a column
 FEW = 256  # rows of the overhead
+KINDS = {"strong": "strong", "weak": "weak", "rows_of_one": "fewer rows", "overhead": "next to none"}
 
 
 def main() -> None:
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=2, help="of a node there that read side by side")
     parser.add_argument("--network", type=float, default=1.25e9, help="bytes a second of the driver's network")
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
+    parser.add_argument("--page", type=Path, help="file for the figures as Markdown, as docs/scaling.md shows them")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         found = measure(Path(folder), arguments)
@@ -68,6 +73,8 @@ def main() -> None:
     print(json.dumps(found["model"], indent=2))
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n")
+    if arguments.page:
+        arguments.page.write_text(tables(found))
 
 
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +247,9 @@ def predict(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
     reading = there / (bandwidth * arguments.cores)
     overhead = max(0.0, base) + max(0.0, per_worker) * nodes
     moving = (out + pairs) / arguments.network
-    columns = COLUMN * arguments.dim_there * joining(k)
+    exact = found["fits"][1]
+    columns = COLUMN * arguments.dim_there * exact["columns"] / found["budget"] * k
+    a_pass = reading + overhead + moving
     return {
         "measured": {
             "bandwidth_of_a_worker": bandwidth,
@@ -261,11 +270,75 @@ def predict(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, A
             "bytes_out": out,
             "bytes_of_pairs": pairs,
             "seconds_out_and_pairs": moving,
-            "seconds_of_a_pass": reading + overhead + moving,
-            "bytes_of_columns_at_most": columns,
-            "seconds_of_columns_at_most": columns / arguments.network,
+            "seconds_of_a_pass": a_pass,
+            "passes": exact["passes"],
+            "bytes_of_columns": columns,
+            "seconds_of_columns": columns / arguments.network,
+            "seconds_of_passes_and_columns": exact["passes"] * a_pass + columns / arguments.network,
         },
     }
+
+
+def tables(found: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    return "\n".join([*measured(found), "", *computed(found["model"]["computed"]), ""])
+
+
+def measured(found: dict[str, Any]) -> Iterator[str]:
+    """Lines about what was measured, and how well the model fits it."""
+    here, fitted, fits = found["machine"], found["model"]["measured"], found["fits"]
+    yield (
+        f"**Measured** on {here['cores_at_hand']} core(s) of {here['processor']}: {found['rows']:,} rows of "
+        f"{found['dim']:,} numbers ({found['dtype']}) in the page cache, one thread a worker; medians of "
+        f"{len(found['strong'][0]['all_seconds'])} passes that ask every worker for {joining(found['budget'])} pairs."
+    )
+    yield from heading("", "workers", "rows", "seconds a pass", "GB/s of all", "reading and multiplying")
+    for key, name in KINDS.items():
+        for one in found[key]:
+            rate = one["bytes_per_worker"] * one["workers"] / one["seconds"] / 1e9
+            figures = f"{one['rows']:,} | {one['seconds']:.4f} | {rate:.2f} | {one['reading_share']:.1%}"
+            yield f"| {name} | {one['workers']} | {figures} |"
+    yield f"\nWhole pursuits of {found['budget']} rows, on {found['strong'][-1]['workers']} workers:"
+    yield from heading("", "seconds", "passes", "relative residual", "MB out", "MB back")
+    for one in fits:
+        moved = " | ".join(f"{one.get(name, 0) / 1e6:.1f}" for name in ("bytes_out", "bytes_back"))
+        fit = f"{one['seconds']:.2f} | {one['passes']} | {one['relative_residual']:.4f}"
+        yield f"| {one['name']} | {fit} | {moved} |"
+    yield (
+        f"\nThe exact pursuit chose {'the same' if fits[1]['same_support_as_one_machine'] else 'OTHER'} rows as one "
+        f"machine. The model: {fitted['bandwidth_of_a_worker'] / 1e9:.2f} GB/s a worker, "
+        f"{fitted['overhead_seconds'] * 1e3:.1f} ms a pass and {fitted['overhead_seconds_per_worker'] * 1e3:.1f} ms a "
+        f"worker; off by at most {max(map(abs, fitted['model_over_measured_minus_1'])):.0%} where each had a core."
+    )
+
+
+def computed(there: dict[str, Any]) -> Iterator[str]:
+    """Lines about what the model says of the nodes asked about."""
+    assumed = there["assumed"]
+    yield (
+        f"**Computed**, not measured: {there['rows']:,} rows of {there['dim']:,} numbers on {there['nodes']} nodes, "
+        f"{there['budget']:,} to be chosen. Assumed: rows in memory ({there['bytes_per_node'] / 1e9:.1f} GB a node), "
+        f"{assumed['cores_of_a_node']} cores of each reading side by side, "
+        f"{assumed['network_bytes_per_second'] / 1e9:g} GB/s of network at the driver, as many passes and columns for "
+        "each chosen row as above. The driver's refits come on top."
+    )
+    yield from heading("", "seconds")
+    moved = f"{there['bytes_out'] / 1e6:.1f} MB of residuals out, {there['bytes_of_pairs'] / 1e6:.1f} MB of pairs back"
+    all_of_them = f"{there['passes']} passes, and {there['bytes_of_columns'] / 1e9:.1f} GB of columns"
+    for name, key in {
+        "reading and multiplying": "reading",
+        "calls and answers": "overhead",
+        moved: "out_and_pairs",
+        "**one pass**": "of_a_pass",
+        all_of_them: "of_passes_and_columns",
+    }.items():
+        yield f"| {name} | {there[f'seconds_{key}']:.3g} |"
+
+
+def heading(*names: str) -> Iterator[str]:
+    """The first lines of a table."""
+    yield f"\n| {' | '.join(names)} |"
+    yield "|---" * len(names) + "|"
 
 
 if __name__ == "__main__":
