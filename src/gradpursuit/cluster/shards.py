@@ -6,7 +6,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from gradpursuit.features import TrajectoryFeatures
 from gradpursuit.pursuit.matrix import TrajectoryMatrix
 from gradpursuit.pursuit.ranking import Place, RankedScores, scores_of
 from gradpursuit.pursuit.rows import Float64Array, FloatArray, IntArray
+from gradpursuit.remote import is_remote
 from gradpursuit.store import ShardFolder
 
 
@@ -54,6 +55,8 @@ class Part:
 
 def parts_of(shards: ShardFolder, rows: IntArray) -> list[Part]:
     """The parts that hold `rows` [N] of a table, ascending; shards without any are left out."""
+    if not is_remote(shards.folder):  # workers are elsewhere
+        shards = replace(shards, folder=shards.folder.absolute())
     cuts = np.searchsorted(rows, np.arange(0, shards.rows + shards.shard_rows, shards.shard_rows))
     pieces = [(shard, rows[start:stop]) for shard, (start, stop) in enumerate(itertools.pairwise(cuts.tolist()))]
     return [Part(shards, shard, piece) for shard, piece in pieces if len(piece)]
