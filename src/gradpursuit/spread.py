@@ -48,6 +48,18 @@ def check_engine(config: RunConfig) -> None:
             )
 
 
+def check_cluster(config: RunConfig) -> None:
+    """Refuse to begin hours of work for a cluster that is not there.
+
+    Raises:
+        RunError: nobody listens at its address.
+    """
+    if config.engine.address:
+        from gradpursuit.cluster import require_listening
+
+        require_listening(config.engine.address)
+
+
 @contextmanager
 def connection(run: Run) -> Iterator[None]:
     """Keep one connection to the cluster, if there is one, for all that this block does on it."""

@@ -24,6 +24,7 @@ from gradpursuit.gradient_stage import (
 )
 from gradpursuit.remote import is_remote
 from gradpursuit.selection_problem import choosable, opened_problem
+from gradpursuit.spread import check_cluster
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -77,7 +78,8 @@ def _data(run: Run) -> dict[str, Any]:
 
 
 def _check_inputs(run: Run) -> None:
-    """The files to clean must be there, even if it is known what was in them."""
+    """The files to clean must be there, even if it is known what was in them; and the cluster, for what follows."""
+    check_cluster(run.config)
     if note := run.inputs.note("data"):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
@@ -86,10 +88,11 @@ def _check_inputs(run: Run) -> None:
 
 
 def _check_trajectory(run: Run) -> None:
-    """The warm-up must have a step for every checkpoint; a trajectory that was given must be there to be read again."""
+    """The warm-up must have a step for every checkpoint; a trajectory that was given, and the cluster, must be there."""
     from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
+    check_cluster(run.config)
     if run.config.warmup.trajectory:
         checkpoint_folders(run.config.warmup.trajectory)
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from gradpursuit.cli import main
 from gradpursuit.cluster import connected
@@ -45,37 +46,16 @@ def test_a_cluster_started_for_a_command_is_of_this_machine_alone_and_ends_with_
     assert lines[-1] == "left 0"
 
 
-NOBODY = """
-import socket
-from gradpursuit.cluster import connected
-from gradpursuit.config import EngineSection
-from gradpursuit.errors import RunError
-
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-for address in (f"127.0.0.1:{port}", "127.0.0.1:80", "nonsense"):
-    try:
-        with connected(EngineSection(name="ray", address=address)):
-            print("connected")
-    except RunError as error:
-        print(f"{address} told", str(error).replace(address, "HERE", 1))
-"""
-
-
-def test_an_address_where_no_cluster_is_is_told() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", NOBODY],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "RAY_NUM_REDIS_GET_RETRIES": "1"},  # it waits for a cluster that is only starting
-    )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 3, done.stdout + done.stderr
-    for line in lines:
-        assert " told no Ray cluster can be reached at HERE: " in line
-        assert line.endswith("or leave --address out to start one on this machine")
+def test_an_address_where_no_cluster_is_is_told_before_any_work(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    assert main(["run", str(job.path), "--engine", "ray", "--address", address]) == 2
+    assert f"no Ray cluster can be reached at {address}: Connection refused; look at `ray" in capsys.readouterr().err
+    assert not (job.run_dir / "data").exists()
+    for address in ("nonsense", "local", "ray://head:10001", "head:99999"):
+        with pytest.raises(ValidationError, match="expected host:port of the cluster's head"):
+            EngineSection(name="ray", address=address)
 
 
 def test_without_ray_the_message_says_what_to_install(

@@ -5,7 +5,7 @@ is in :mod:`gradpursuit.cluster.collect`, so that the workers of a pursuit load 
 """
 
 from gradpursuit.cluster.matrix import ClusterFeatures, RayGradientMatrix, Traffic
-from gradpursuit.cluster.session import Resources, Session, connected, local_only, require_ray
+from gradpursuit.cluster.session import Resources, Session, connected, local_only, require_listening, require_ray
 from gradpursuit.cluster.shards import Part, parts_of
 from gradpursuit.cluster.team import Team
 
@@ -20,5 +20,6 @@ __all__ = [
     "connected",
     "local_only",
     "parts_of",
+    "require_listening",
     "require_ray",
 ]

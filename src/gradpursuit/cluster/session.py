@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ logger = logging.getLogger("gradpursuit")
 
 # Results and residuals pass through Ray's store, features never do.
 _OBJECT_STORE = 256 * 2**20
+_CONNECTING = 10.0  # seconds that the head of a cluster may take to accept a connection
 # Ray reads these when it is imported, and hands them to every process that it starts here.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -101,20 +103,39 @@ def connected(engine: EngineSection) -> Iterator[Session]:
         options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
     else:
         options.update(address=engine.address)
-    where = f"at {engine.address}" if engine.address else "on this machine"
-    logger.info("connecting to Ray %s", where)
+        require_listening(engine.address)
     try:
         ray.init(**options)
-    except (OSError, RuntimeError, ValueError, ImportError, RayError) as error:
+    except (OSError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()  # of what was there before it failed
-        raise RunError(
-            f"no Ray cluster can be reached {where}: {reason_of(error)}; look at `ray status` there (this machine must "
-            "be one of its nodes), or leave --address out to start one on this machine"
-        ) from None
+        raise _unreachable(engine.address or "this machine", reason_of(error)) from None
     try:
         yield Session(engine)
     finally:
         ray.shutdown()
+
+
+def require_listening(address: str) -> None:
+    """Refuse an address (host:port) where nobody listens, for which Ray itself would wait twenty minutes.
+
+    Raises:
+        RunError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECTING):
+            pass
+    except OSError as error:
+        raise _unreachable(address, error.strerror or str(error)) from None
+
+
+def _unreachable(where: str, why: str) -> RunError:
+    return RunError(
+        f"no Ray cluster can be reached at {where}: {why}; look at `ray status` there (this machine must be one of its "
+        "nodes), or leave --address out to start one on this machine"
+    )
 
 
 def local_only() -> None:

@@ -284,8 +284,12 @@ class EngineSection(Section):
 
     @field_validator("address")
     @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        return value if value is None else without_secrets(value, "the address")
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None and without_secrets(value, "the address") != "auto":
+            port = re.fullmatch(r"(?:[^\s/:]+|\[[0-9a-fA-F:.]+\]):(\d+)", value)
+            if port is None or not 0 < int(port[1]) < 2**16:
+                raise ValueError("expected host:port of the cluster's head, as `ray start` tells it, or 'auto'")
+        return value
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> EngineSection:
