@@ -88,7 +88,7 @@ def _check_inputs(run: Run) -> None:
 
 
 def _check_trajectory(run: Run) -> None:
-    """The warm-up must have a step for every checkpoint; a trajectory that was given, and the cluster, must be there."""
+    """There must be a step for every checkpoint; a trajectory that was given, and the cluster, must be there."""
     from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
