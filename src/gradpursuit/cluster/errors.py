@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import socket
 from typing import Any
 
@@ -22,8 +23,8 @@ def reason_of(error: BaseException) -> str:
     """What Ray says of a process that it lost, or of a cluster that it did not reach, in one line."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # "The actor died unexpectedly" is followed by lines with a tab (who and where), and then by the reason.
-    about = [place for place, line in enumerate(lines) if line.startswith("\t")]
-    told = lines[about[-1] + 1] if about and about[-1] + 1 < len(lines) else lines[0]
+    rest = itertools.dropwhile(lambda line: not line.startswith("\t"), lines)
+    told = next((line for line in rest if not line.startswith("\t")), lines[0])
     return without_secrets(told.strip()[:_TOLD])
 
 
