@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from gradpursuit.cli import main
 from gradpursuit.cluster import connected
+from gradpursuit.cluster.errors import reason_of
 from gradpursuit.config import EngineSection, build_config
 from gradpursuit.errors import ConfigError
 from gradpursuit.remote import place, without_secrets
@@ -109,6 +110,14 @@ def test_messages_of_libraries_lose_their_secrets(name: str, monkeypatch: pytest
     assert "hunter2" not in told
     assert "host:9000/features/a" in told
     assert told.endswith("is it up?")
+
+
+def test_of_a_lost_worker_the_reason_is_told() -> None:
+    died = "The actor died unexpectedly before finishing this task.\n\tclass_name: ShardWorker\n\tpid: 3\n"
+    why = "The actor is dead because its worker process has died."
+    assert reason_of(RuntimeError(f"{died}{why}\n\tmore")) == why
+    assert reason_of(RuntimeError("Failed to connect.\nTraceback\n  File")) == "Failed to connect."
+    assert reason_of(RuntimeError()) == "RuntimeError"
 
 
 def test_places_that_nothing_reaches_are_told() -> None:
