@@ -81,8 +81,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that is measured."""
     source = LowRank(arguments.dim)
     store = write_store(folder / "rows", source, arguments.rows)
-    few = write_store(folder / "few", source, FEW)
     most = max(*arguments.workers, *arguments.crowd)
+    few = write_store(folder / "few", source, FEW, FEW // most)  # so that every worker owns some
     cores = len(os.sched_getaffinity(0))
     found: dict[str, Any] = {"machine": {**machine(1), "cores_at_hand": cores}, **source.described()}
     found |= {"rows": arguments.rows, "dim": arguments.dim, "dtype": DTYPE, "budget": arguments.budget}
@@ -115,16 +115,19 @@ def joining(budget: int) -> int:
     return max(1, round(JOIN * budget))
 
 
-def write_store(folder: Path, source: LowRank, count: int) -> GradientStore:
+def write_store(folder: Path, source: LowRank, count: int, shard_rows: int = SHARD_ROWS) -> GradientStore:
     """`count` rows in a store of two checkpoints, each with half of the dimensions."""
     half = source.dim // CHECKPOINTS
-    spec = StoreSpec(tuple(map(str, range(count))), CHECKPOINTS, half, DTYPE, SHARD_ROWS, {"data": "low rank"})
+    spec = StoreSpec(tuple(map(str, range(count))), CHECKPOINTS, half, DTYPE, shard_rows, {"data": "low rank"})
     store = GradientStore.create(folder, spec)
-    for start, rows in source.chunks(count):  # of 1,024 rows, as shards are
-        ones, number = np.ones(len(rows), np.float32), np.arange(start, start + len(rows))
-        for t in range(CHECKPOINTS):
-            part = np.ascontiguousarray(rows[:, t * half : (t + 1) * half])
-            store.write(t, start // SHARD_ROWS, Shard(part, ones, ones, ones.astype(np.int32), number))
+    for first, chunk in source.chunks(count):  # of 1,024 rows, as the largest shards are
+        for start in range(0, len(chunk), shard_rows):
+            rows = chunk[start : start + shard_rows]
+            ones, number = np.ones(len(rows), np.float32), np.arange(first + start, first + start + len(rows))
+            for t in range(CHECKPOINTS):
+                part = np.ascontiguousarray(rows[:, t * half : (t + 1) * half])
+                shard = Shard(part, ones, ones, ones.astype(np.int32), number)
+                store.write(t, (first + start) // shard_rows, shard)
     return store
 
 
