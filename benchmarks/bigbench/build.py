@@ -41,6 +41,11 @@ class Size:
     targets: int
     development: int
 
+    @property
+    def rows(self) -> int:
+        """Pool rows with their copies."""
+        return self.pool + 2 * (self.pool // 10)
+
 
 SIZES = {
     "tiny": Size(200, 16, 24, 2, 1),
@@ -59,16 +64,19 @@ def build(folder: Path, size: Size) -> dict[str, Any]:
     tokenizer = load_tokenizer(ModelSection(path=str(smollm2(cache))))
     source = Source(cache, Renderer(tokenizer))
     targets, development = FAMILIES["targets"][: size.targets], FAMILIES["development"][: size.development]
-    # The in-domain target is drawn with the pool and then taken out of it: other rows, the same distribution.
-    aside = size.target + size.heldout
-    rows = source.mixture(FAMILIES["pool"], size.pool + aside)
+    # What scores in-domain is drawn with the pool and then taken out of it: other rows, the same distribution.
+    rows = source.mixture(FAMILIES["pool"], size.pool + size.heldout)
     rng = np.random.default_rng([_SEED, 0])
     rows = [rows[i] for i in rng.permutation(len(rows))]
-    drawn = {IN_DOMAIN: rows[:aside], **{name: source.rows([name], aside) for name in [*targets, *development]}}
-    pool = rows[aside:]
+    pool = rows[size.heldout :]
     copies = list(_copies(pool, rng))
-    files = {"pool": [(pool + copies)[i] for i in rng.permutation(len(pool) + len(copies))]}
-    for name, found in drawn.items():
+    files = {
+        "pool": [(pool + copies)[i] for i in rng.permutation(len(pool) + len(copies))],
+        f"{IN_DOMAIN}.heldout": rows[: size.heldout],
+    }
+    aside = size.target + size.heldout
+    for name in [*targets, *development]:
+        found = source.rows([name], aside)
         if len(found) < aside:
             raise DataError(f"{name}: {len(found)} usable rows, {aside} wanted")
         files[f"{name}.target"], files[f"{name}.heldout"] = found[: size.target], found[size.target : aside]
