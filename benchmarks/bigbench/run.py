@@ -152,24 +152,20 @@ def collected(bench: Bench, targets: list[str], overrides: list[str]) -> bool:
 def run_part(bench: Bench, name: str, settings: Tree) -> None:
     """One comparison; its tables are kept under `name`."""
     evaluation = {**settings["evaluation"], "targets": bench.names(settings["evaluation"]["targets"])}
-    targets = every_target(bench)
+    strategies, targets = evaluation["strategies"], evaluation["targets"]
     if own := {section: settings[section] for section in ("warmup", "gradients") if section in settings}:
         # Other features: in a folder of its own, and only those that it needs.
-        own["selection"] = {"strategies": evaluation["strategies"]}
         bench = replace(bench, place=f"run-{name}", plan=merged(bench.plan, {"run": own}))
-        targets = evaluation["targets"]
         write_config(bench, targets[0])
-    overrides = flags({"evaluation": evaluation})
+    else:
+        strategies = list(dict.fromkeys([*bench.plan["run"]["selection"]["strategies"], *strategies]))
+        targets = [*bench.names("TARGETS"), *bench.names("DEVELOPMENT")]
+    overrides = flags({**settings, "selection": {"strategies": strategies}, "evaluation": evaluation})
     start = time.monotonic()
     if not collected(bench, targets, overrides) or not done("run", bench, overrides):
         bench.fail(f"part {name} ended with an error (above)")
         return
-    keep(bench, name, flags({**settings, "evaluation": evaluation}), time.monotonic() - start)
-
-
-def every_target(bench: Bench) -> list[str]:
-    """All that are added to the run that the parts share."""
-    return [*bench.names("TARGETS"), *bench.names("DEVELOPMENT")]
+    keep(bench, name, overrides, time.monotonic() - start)
 
 
 def flags(settings: Tree) -> list[str]:
