@@ -146,6 +146,14 @@ def test_loss_before_is_that_of_the_target_chosen_for(finished: Job, monkeypatch
     assert f"{own.before + 1:.2f} →" not in words
 
 
+def test_a_fit_outside_the_subspace_of_the_pursuit_says_so(report: dict[str, Any]) -> None:
+    told = "the pursuit saw only their part in the target’s subspace"
+    assert report["fit"]["subspace"] == "none"
+    assert told not in " ".join(" ".join(Page(render(report)).words).split())
+    projected = render({**report, "fit": {**report["fit"], "subspace": "target"}})
+    assert told in " ".join(" ".join(Page(projected).words).split())
+
+
 def test_before_and_after(report: dict[str, Any]) -> None:
     source, topic = report["mixes"]
     assert [(value["value"], value["pool"]) for value in source["values"]] == [("pool <b>&.jsonl", 40)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,6 @@ class FeatureEngine(RowEngine):
         self._loss = SupervisedLoss(model, compute)
         self._sketch = sketch
         self._kinds: list[Callable[[str, Tensor], Tensor]] = []
-        self._threads = _threads()
 
     def prepare(self, wanted: Sequence[Preconditioner], state: AdamState) -> None:
         """Set what the batches that follow are preconditioned with; call it whenever the checkpoint changes."""
@@ -209,6 +209,17 @@ class FeatureEngine(RowEngine):
             torch.set_num_threads(threads)  # threads started later take over the last number that was set anywhere
         return _joined(done)
 
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        """One thread for each of torch's, all of one heap.
+
+        With a heap of its own (glibc's default, changed here for as long as the process lives) a thread could not use
+        what another one, or the main thread, has freed: after passes of SmolLM2-135M that is 0.8 GB.
+        """
+        with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such heaps
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+        return ThreadPoolExecutor(torch.get_num_threads())
+
     def _part(self, rows: Sequence[Row], width: int) -> Batch:
         """What `batch` says, in one backward pass; rows are padded to `width`."""
         sketches = [torch.zeros(len(rows), self._sketch.dim, device=self._device) for _ in self._kinds]
@@ -230,17 +241,6 @@ class FeatureEngine(RowEngine):
             consume(name, torch.zeros(len(rows), size, device=self._device))
         features = [Features(s, q.sqrt()) for s, q in zip(sketches, squares, strict=True)]
         return Batch(features, losses.detach(), tokens)
-
-
-def _threads() -> ThreadPoolExecutor:
-    """One thread for each of torch's, all of one heap.
-
-    With a heap of its own (glibc's default, changed here for as long as the process lives) a thread could not use what
-    another one, or the main thread, has freed: 1.4 GB more after one batch of SmolLM2-135M, and growing.
-    """
-    with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such heaps
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-    return ThreadPoolExecutor(torch.get_num_threads())
 
 
 def _joined(parts: Sequence[Batch]) -> Batch:

@@ -71,6 +71,11 @@ class Explainer:
         return self._kind.label
 
     @property
+    def subspace(self) -> str:
+        """The setting: what the pursuit's features were projected to; here they have all their dimensions."""
+        return self._problem.pursuit.subspace
+
+    @property
     def bytes(self) -> int:
         """Of the pool's features, as stored."""
         return self._features.nbytes

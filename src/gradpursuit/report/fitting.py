@@ -63,6 +63,7 @@ class Fitting:
         return {
             "strategy": self._name,
             "features": self._explainer.label,
+            "subspace": self._explainer.subspace,
             "relative_residual": residual,
             "explained": 1 - residual**2,
             "checkpoints": [alignment(weighted[block], match.target[block]) for block in match.blocks],
