@@ -20,6 +20,8 @@ import numpy as np
 
 from gradpursuit.config import ModelSection
 from gradpursuit.data import Renderer
+from gradpursuit.data.leakage import Leaks, Protected
+from gradpursuit.data.schemas import Conversation
 from gradpursuit.errors import DataError
 from gradpursuit.files import sha256_of, write_json, write_text
 from gradpursuit.quickstart.assets import bigbench_tasks, cache_folder, smollm2
@@ -28,6 +30,7 @@ from gradpursuit.trajectory.model import load_tokenizer
 FAMILIES = json.loads((Path(__file__).parent / "families.json").read_text("utf-8"))
 IN_DOMAIN = "in-domain"
 MAX_TOKENS = 96  # of a row as it is rendered for the model
+SPARE = 3  # times as many rows are drawn as are held out: some of the others hold their text
 _SEED = 20241016
 
 
@@ -40,6 +43,11 @@ class Size:
     heldout: int
     targets: int
     development: int
+
+    @property
+    def rows(self) -> int:
+        """Pool rows with their copies."""
+        return self.pool + 2 * (self.pool // 10)
 
 
 SIZES = {
@@ -59,19 +67,20 @@ def build(folder: Path, size: Size) -> dict[str, Any]:
     tokenizer = load_tokenizer(ModelSection(path=str(smollm2(cache))))
     source = Source(cache, Renderer(tokenizer))
     targets, development = FAMILIES["targets"][: size.targets], FAMILIES["development"][: size.development]
-    # The in-domain target is drawn with the pool and then taken out of it: other rows, the same distribution.
-    aside = size.target + size.heldout
-    rows = source.mixture(FAMILIES["pool"], size.pool + aside)
+    # What scores in-domain is drawn with the pool and then taken out of it: other rows, the same distribution.
+    rows = source.mixture(FAMILIES["pool"], size.pool + SPARE * size.heldout)
     rng = np.random.default_rng([_SEED, 0])
     rows = [rows[i] for i in rng.permutation(len(rows))]
-    drawn = {IN_DOMAIN: rows[:aside], **{name: source.rows([name], aside) for name in [*targets, *development]}}
-    pool = rows[aside:]
+    heldout, pool = rows[: size.heldout], without_leaks(rows[size.heldout :], rows[: size.heldout], size.pool)
     copies = list(_copies(pool, rng))
-    files = {"pool": [(pool + copies)[i] for i in rng.permutation(len(pool) + len(copies))]}
-    for name, found in drawn.items():
-        if len(found) < aside:
-            raise DataError(f"{name}: {len(found)} usable rows, {aside} wanted")
-        files[f"{name}.target"], files[f"{name}.heldout"] = found[: size.target], found[size.target : aside]
+    files = {
+        "pool": [(pool + copies)[i] for i in rng.permutation(len(pool) + len(copies))],
+        f"{IN_DOMAIN}.heldout": heldout,
+    }
+    for name in [*targets, *development]:
+        rows = source.rows([name], size.target + SPARE * size.heldout)
+        heldout, others = rows[: size.heldout], rows[size.heldout :]
+        files[f"{name}.target"], files[f"{name}.heldout"] = without_leaks(others, heldout, size.target), heldout
     for name, content in files.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in content]
         write_text(folder / f"{name}.jsonl", "".join(lines))
@@ -87,6 +96,28 @@ def build(folder: Path, size: Size) -> dict[str, Any]:
     }
     write_json(folder / "built.json", record)
     return record
+
+
+def without_leaks(rows: list[dict[str, Any]], heldout: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The first `count` rows that hold no text of a held-out one: what a run would leave out is not built.
+
+    Raises:
+        DataError: there are fewer.
+    """
+    leaks = Leaks([_protected(row) for row in heldout])
+    found = [row for row in rows if not leaks.find((own := _protected(row)).hash, own.conversation)][:count]
+    if len(found) < count:
+        raise DataError(f"{heldout[0]['family']}, ...: {len(found)} usable rows beside held-out ones, {count} wanted")
+    return found
+
+
+def _protected(row: dict[str, Any]) -> Protected:
+    said = _messages(row["prompt"], row["completion"])
+    return Protected(row["id"], f"{row['prompt']}\n{row['completion']}", Conversation(said))
+
+
+def _messages(prompt: str, answer: str) -> tuple[dict[str, str], ...]:
+    return {"role": "user", "content": prompt}, {"role": "assistant", "content": answer}
 
 
 class Source:
@@ -146,8 +177,7 @@ class Source:
     def _fits(self, prompt: str, answer: str) -> bool:
         if len(prompt) + len(answer) > 4 * MAX_TOKENS:
             return False
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return len(self._renderer(messages).input_ids) <= MAX_TOKENS
+        return len(self._renderer([*_messages(prompt, answer)]).input_ids) <= MAX_TOKENS
 
 
 def _answer(example: dict[str, Any]) -> tuple[str, list[str]]:

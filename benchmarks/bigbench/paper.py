@@ -28,11 +28,11 @@ def paper(bench: Bench) -> None:
     """Write `paper.*` into the results."""
     from run import collected, provenance
 
-    if not collected(bench, []):
+    if not collected(bench, bench.names(bench.plan["paper"]["targets"]), []):
         bench.fail("part paper: the gradients could not be collected (above)")
         return
     start, plan = time.monotonic(), bench.plan["paper"]
-    run = Run(load_config(bench.config))
+    run = Run(load_config(bench.config, [f"evaluation.seeds={plan['seeds']}"]))
     curves: list[dict[str, Any]] = []
     tops: list[dict[str, Any]] = []
     with run.lock:

@@ -4,8 +4,8 @@
 
 It builds pool and targets, collects gradients once, adds every target, and then runs the parts of `parts.yaml` one
 after the other; the tables of each go to `results/<size>/`. Stopped at any moment, the same command goes on where it
-stopped: what was trained and scored is known by what it was made of. A part that cannot be run is told, with the
-reason, the others are run all the same, and the exit code is 1.
+stopped: what was trained and scored is known by what it was made of. A part that ends with an error is told, the others
+are run all the same, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -18,25 +18,28 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from build import FAMILIES, IN_DOMAIN, SIZES, build
+from build import IN_DOMAIN, SIZES, build
+from costs import estimate, merged, parts_of, target_names
+from defaults import write_defaults
 
 from gradpursuit.cli import main as gradpursuit
 from gradpursuit.config import load_config
 from gradpursuit.console import at_work
-from gradpursuit.errors import GradPursuitError
+from gradpursuit.errors import DataError, GradPursuitError
 from gradpursuit.files import read_json, sha256_of, write_json, write_text
 from gradpursuit.pipeline import Run
 from gradpursuit.quickstart.assets import cache_folder, smollm2
-from gradpursuit.selection import STRATEGIES
 from gradpursuit.targets import TargetFiles, add_target
 
 HERE = Path(__file__).parent
+INTERRUPTED = 130  # exit code of a verb
 Tree = dict[str, Any]
 
 
@@ -66,15 +69,9 @@ class Bench:
         """Where the tables go: those of a real size are kept beside this file."""
         return self.folder / "results" if self.size == "tiny" else HERE / "results" / self.size
 
-    def names(self, value: Any) -> Any:
-        """The targets that TARGETS, SOME and DEVELOPMENT stand for."""
-        shape = SIZES[self.size]
-        known = {
-            "TARGETS": FAMILIES["targets"][: shape.targets],
-            "SOME": FAMILIES["targets"][: min(3, shape.targets)],
-            "DEVELOPMENT": FAMILIES["development"][: shape.development],
-        }
-        return known.get(value, value) if isinstance(value, str) else value
+    def names(self, value: str | list[str]) -> list[str]:
+        """The targets that TARGETS, EVERY, SOME and DEVELOPMENT stand for."""
+        return target_names(SIZES[self.size], value)
 
     def fail(self, problem: str) -> None:
         """Tell what could not be done and go on."""
@@ -83,60 +80,67 @@ class Bench:
 
 
 def load_plan(size: str) -> Tree:
-    """`parts.yaml`, with the smaller settings of the tiny size."""
+    """`parts.yaml`, with the settings that the size has of its own."""
     plan: Tree = yaml.safe_load((HERE / "parts.yaml").read_text("utf-8"))
-    smaller = plan.pop("tiny")
-    return merged(plan, smaller) if size == "tiny" else plan
-
-
-def merged(left: Mapping[str, Any], right: Mapping[str, Any]) -> Tree:
-    """Nested settings, those on the right first."""
-    both = dict(left)
-    for key, value in right.items():
-        nested = isinstance(value, Mapping) and isinstance(both.get(key), Mapping)
-        both[key] = merged(both[key], value) if nested else value
-    return both
+    own = {name: plan.pop(name, {}) for name in SIZES}
+    return merged(plan, own[size])
 
 
 def prepare(bench: Bench) -> None:
-    """Build the files if they are not what was built before, and write the configuration of the run."""
-    record = bench.folder / "input" / "built.json"
+    """Build the files if they are not what was built before, and write the configuration of the run.
+
+    Raises:
+        DataError: they are not those that the results which are kept were measured with.
+    """
+    record, kept = bench.folder / "input" / "built.json", bench.results / "built.json"
     known = read_json(record) if record.is_file() else {}
     files = known.get("sha256", {})
     paths = {name: bench.folder / "input" / f"{name}.jsonl" for name in files}
     if not files or any(not p.is_file() or sha256_of(p) != files[name] for name, p in paths.items()):
         known = build(bench.folder / "input", SIZES[bench.size])
-    write_json(bench.results / "built.json", known)
-    strategies = bench.plan["run"]["selection"]["strategies"]
-    if unknown := [name for name in strategies if name not in STRATEGIES]:
-        known_names = ", ".join(STRATEGIES)
-        bench.fail(f"no strategy is called {', '.join(unknown)}: its cells are left out (known: {known_names})")
-    write_config(bench)
+    if kept.is_file() and (before := read_json(kept)["sha256"]) != known["sha256"]:
+        other = sorted(n for n in before.keys() | known["sha256"].keys() if before.get(n) != known["sha256"].get(n))
+        raise DataError(
+            f"{bench.folder / 'input'}: {', '.join(other)} is not what {kept} was measured with: another builder, "
+            "tokenizer or BIG-bench; go back to those, or delete the results and the run folder to begin anew"
+        )
+    write_json(kept, known)
+    write_config(bench, bench.names("TARGETS")[0])
 
 
-def write_config(bench: Bench) -> None:
-    """The configuration of the run folder, with the strategies that there are."""
+def write_config(bench: Bench, target: str) -> None:
+    """The configuration of the run folder: its pool is its own target; what is exported is chosen for `target`."""
     inputs = bench.folder / "input"
-    files = {"pool": "pool", "target": f"{IN_DOMAIN}.target", "heldout": f"{IN_DOMAIN}.heldout"}
-    strategies = bench.plan["run"]["selection"]["strategies"]
     tree = {
         "run_dir": str(bench.run_dir),
         "model": {"path": str(smollm2(cache_folder())), "device": bench.device},
-        "data": {split: str(inputs / f"{name}.jsonl") for split, name in files.items()},
-        "selection": {"strategies": [name for name in strategies if name in STRATEGIES]},
+        "data": {
+            "pool": str(inputs / "pool.jsonl"),
+            "target": None,
+            "heldout": str(inputs / f"{IN_DOMAIN}.heldout.jsonl"),
+        },
+        "selection": {"target": target},
     }
     write_text(bench.config, yaml.safe_dump(merged(bench.plan["run"], tree), sort_keys=False))
 
 
-def collected(bench: Bench, overrides: list[str]) -> bool:
-    """Warm-up, gradients of the pool, and of every target: what is there with these settings is kept."""
-    if any(gradpursuit([verb, str(bench.config), *overrides]) for verb in ("warmup", "collect")):
+def done(verb: str, bench: Bench, overrides: list[str]) -> bool:
+    """Whether a verb of the command line ended well; an interrupt is one of the whole benchmark."""
+    code = gradpursuit([verb, str(bench.config), *overrides])
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code == 0
+
+
+def collected(bench: Bench, targets: list[str], overrides: list[str]) -> bool:
+    """Warm-up, gradients of the pool, and of the targets: what is there with these settings is kept."""
+    if not all(done(verb, bench, overrides) for verb in ("warmup", "collect")):
         return False
     settings = [f"{flag[2:]}={value}" for flag, value in zip(overrides[::2], overrides[1::2], strict=True)]
     run = Run(load_config(bench.config, settings))
     try:
         with at_work(run):
-            for name in [*bench.names("TARGETS"), *bench.names("DEVELOPMENT")]:
+            for name in targets:
                 paths = [str(bench.folder / "input" / f"{name}.{kind}.jsonl") for kind in ("target", "heldout")]
                 add_target(run, name, TargetFiles(paths[:1], paths[1:]), replace=True)
     except GradPursuitError as error:
@@ -147,30 +151,21 @@ def collected(bench: Bench, overrides: list[str]) -> bool:
 
 def run_part(bench: Bench, name: str, settings: Tree) -> None:
     """One comparison; its tables are kept under `name`."""
-    if "warmup" in settings:  # another trajectory: in a folder of its own
-        bench = replace(bench, place=f"run-{name}", plan=merged(bench.plan, {"run": {"warmup": settings["warmup"]}}))
-        write_config(bench)
-    evaluation = {key: bench.names(value) for key, value in settings.get("evaluation", {}).items()}
-    asked = evaluation.get("strategies", [])
-    evaluation["strategies"] = [strategy for strategy in asked if strategy in STRATEGIES]
-    if missing := [strategy for strategy in asked if strategy not in STRATEGIES]:
-        bench.fail(f"part {name}: without {', '.join(missing)}, which no strategy here is called")
-    if evaluation.get("accuracy"):
-        targets = evaluation["targets"]
-        evaluation["targets"] = [target for target in targets if _has_choices(bench, target)]
-        if left := [target for target in targets if target not in evaluation["targets"]]:
-            bench.fail(f"part {name}: without {', '.join(left)}, whose rows have no choices")
-    overrides = flags({**settings, "evaluation": evaluation})
+    evaluation = {**settings["evaluation"], "targets": bench.names(settings["evaluation"]["targets"])}
+    strategies, targets = evaluation["strategies"], evaluation["targets"]
+    if own := {section: settings[section] for section in ("warmup", "gradients") if section in settings}:
+        # Other features: in a folder of its own, and only those that it needs.
+        bench = replace(bench, place=f"run-{name}", plan=merged(bench.plan, {"run": own}))
+        write_config(bench, targets[0])
+    else:
+        strategies = list(dict.fromkeys([*bench.plan["run"]["selection"]["strategies"], *strategies]))
+        targets = [*bench.names("TARGETS"), *bench.names("DEVELOPMENT")]
+    overrides = flags({**settings, "selection": {"strategies": strategies}, "evaluation": evaluation})
     start = time.monotonic()
-    if not collected(bench, overrides) or gradpursuit(["run", str(bench.config), *overrides]):
+    if not collected(bench, targets, overrides) or not done("run", bench, overrides):
         bench.fail(f"part {name} ended with an error (above)")
         return
     keep(bench, name, overrides, time.monotonic() - start)
-
-
-def _has_choices(bench: Bench, target: str) -> bool:
-    lines = (bench.folder / "input" / f"{target}.heldout.jsonl").read_text("utf-8").splitlines()
-    return all("choices" in json.loads(line) for line in lines)
 
 
 def flags(settings: Tree) -> list[str]:
@@ -218,93 +213,53 @@ def provenance(bench: Bench) -> Tree:
     }
 
 
-def estimate(bench: Bench) -> None:
-    """Hours of every part, from the steps and rows that results of this run folder were measured with."""
-    lines = (bench.run_dir / "evaluation" / "results.jsonl").read_text("utf-8").splitlines()
-    found = [json.loads(line)["result"] for line in lines]
-    trained = [r for r in found if r["train_seconds"] > 1 and r["steps"]]
-    per_step = sum(r["train_seconds"] for r in trained) / sum(r["steps"] for r in trained)
-    per_row = sum(r["score_seconds"] for r in found) / sum(len(r["losses"]) for r in found)
-    full, total = load_plan("standard"), 0.0
-    shape, common = SIZES["standard"], full["run"]["evaluation"]
-    rows = round(shape.pool * 1.2)
-    manifest = read_json(bench.run_dir / "manifest.json")["stages"]
-    features = read_json(bench.run_dir / "manifest.json")["stages"]["data"]["detail"]["rows"]
-    ratio = rows / features["pool"] * full["run"]["warmup"]["checkpoints"] / bench.plan["run"]["warmup"]["checkpoints"]
-    collect = manifest["gradients"]["seconds"] * ratio
-    print(f"{per_step:.2f} s a step, {per_row:.3f} s a held-out row; gradients {collect / 3600:.2f} h")
-    total += collect + 3 * full["run"]["warmup"]["fraction"] * rows / 8 * per_step
-    ablations = {f"ablation-{name}": merged(full["ablation"], s) for name, s in full["ablations"].items()}
-    parts = full["parts"] | ablations
-    for name, settings in parts.items():
-        steps, scored = _work({**common, **settings["evaluation"]}, rows)
-        seconds = steps * per_step + scored * shape.heldout * per_row
-        total += seconds
-        print(f"{name:24s} {steps:6.0f} steps, {scored:5.0f} scores, {seconds / 3600:5.2f} h")
-    print(f"{'all':24s} {total / 3600:.2f} h")
-
-
-TARGET_FREE = ("random", "el2n", "grand", "learning-percentage", "kmeans-quality")  # the same subset for every target
-
-
-def _work(evaluation: Tree, rows: int) -> tuple[float, float]:
-    """Optimizer steps and scored targets of one part, if nothing of it was there yet."""
-    counts = {"TARGETS": 6, "SOME": 3, "DEVELOPMENT": 4}
-    targets = counts[evaluation["targets"]] if isinstance(evaluation["targets"], str) else len(evaluation["targets"])
-    steps = scored = 0.0
-    for strategy in [*evaluation["strategies"], *(["full"] if "full" in evaluation["endpoints"] else [])]:
-        for share in [1.0] if strategy == "full" else evaluation["budgets"]:
-            epochs = evaluation["epochs"] * share * rows / evaluation["batch_size"]
-            each = epochs if evaluation.get("protocols") == ["equal-epochs"] else evaluation["steps"]
-            models = evaluation["seeds"] * (1 if strategy in (*TARGET_FREE, "full") else targets)
-            steps += models * each
-            scored += evaluation["seeds"] * targets * (targets if evaluation.get("crossed") else 1)
-    return steps, scored + targets
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="standard")
     parser.add_argument("--folder", type=Path, help="default: runs/bigbench-<size>")
-    parser.add_argument("--only", nargs="+", help="parts, ablations and `paper`; default: all")
+    parser.add_argument("--only", nargs="+", help="parts, ablations and `paper`; default: those of `order`")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--estimate", action="store_true", help="hours that the standard size takes, from what was run")
     arguments = parser.parse_args()
     folder = (arguments.folder or Path("runs") / f"bigbench-{arguments.size}").resolve()
     bench = Bench(folder, arguments.size, load_plan(arguments.size), arguments.device)
     if arguments.estimate:
-        estimate(bench)
+        print(estimate(bench.run_dir, bench.plan, load_plan("standard")))
         return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    prepare(bench)
     jobs = everything(bench)
     if unknown := set(arguments.only or ()) - set(jobs):
         parser.error(f"no such part: {', '.join(sorted(unknown))}; parts: {', '.join(jobs)}")
-    for name, job in jobs.items():
-        if not arguments.only or name in arguments.only:
-            print(f"== {name}", file=sys.stderr, flush=True)
-            job()
+    try:
+        prepare(bench)
+    except GradPursuitError as error:
+        parser.exit(2, f"error: {error}\n")
+    try:
+        run_jobs(bench, jobs, arguments.only)
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "interrupted; the same command goes on where it stopped\n")
     for problem in bench.problems:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if bench.problems else 0
+
+
+def run_jobs(bench: Bench, jobs: dict[str, Callable[[], None]], only: list[str] | None) -> None:
+    """One part after the other, and the table of the ablations."""
+    for name, job in jobs.items():
+        if name in (only or bench.plan["order"]):
+            print(f"== {name}", file=sys.stderr, flush=True)
+            job()
+            write_defaults(bench.results)
 
 
 def everything(bench: Bench) -> dict[str, Callable[[], None]]:
     """All parts by name, in order."""
     from paper import paper
 
-    def part(name: str, settings: Tree) -> Callable[[], None]:
-        return lambda: run_part(bench, name, settings)
-
-    cheap = ("control", "in-domain")
-    parts = {name: part(name, settings) for name, settings in bench.plan["parts"].items()}
-    ablations = {
-        f"ablation-{name}": part(f"ablation-{name}", merged(bench.plan["ablation"], settings))
-        for name, settings in bench.plan["ablations"].items()
-    }
-    first = {name: parts.pop(name) for name in cheap}
-    last = {"full": parts.pop("full")}
-    return {**first, "paper": lambda: paper(bench), **parts, **last, **ablations}
+    settings = parts_of(bench.plan)
+    jobs: dict[str, Callable[[], None]] = {name: partial(run_part, bench, name, own) for name, own in settings.items()}
+    jobs["paper"] = lambda: paper(bench)
+    return {name: jobs[name] for name in dict.fromkeys([*bench.plan["order"], *jobs])}
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,27 +133,31 @@ def arms(run: Run, name: str, folder: Path, known: Mapping[int, Subsets]) -> Ite
     endpoints = run.config.evaluation.endpoints
     if BASE in endpoints:
         yield Arm(BASE, name, 0, [])
-    for k in budgets(run):
-        found = known[k] if k in known else _subsets(run, k, folder / name)
-        yield from (Arm(strategy, name, k, found[strategy]) for strategy in compared(run))
+    wanted = budgets(run)
+    found = {**known, **_subsets(run, [k for k in wanted if k not in known], folder / name)}
+    for k in wanted:
+        yield from (Arm(strategy, name, k, found[k][strategy]) for strategy in compared(run))
     if FULL in endpoints:
         yield Arm(FULL, name, 0, [Selection.ranked(run.candidates())])
 
 
-def _subsets(run: Run, k: int, folder: Path) -> Subsets:
-    """Every strategy's subset of k; what was made before is read, the rest is made and kept in `folder`."""
+def _subsets(run: Run, wanted: Sequence[int], folder: Path) -> dict[int, Subsets]:
+    """Every strategy's subsets of the `wanted` k; what was made before is read, the rest is made and kept in `folder`.
+
+    The problem is opened once: what strategies make of it serves all budgets.
+    """
     from gradpursuit.selection.export import read_selection, write_selection
 
-    pool, wanted = run.table("pool"), [one for one in run.strategies() if one.name in compared(run)]
-    places = {one.name: folder / f"{one.name}-{k}-{_fingerprint(run, one.name, k)[:12]}" for one in wanted}
-    if lacking := [one for one in wanted if not (places[one.name] / "path.json").is_file()]:  # written last
+    pool, strategies = run.table("pool"), {one.name: one for one in run.strategies() if one.name in compared(run)}
+    places = {(k, n): folder / f"{n}-{k}-{_fingerprint(run, n, k)[:12]}" for k in wanted for n in strategies}
+    if lacking := [cell for cell in places if not (places[cell] / "path.json").is_file()]:  # written last
         with opened_problem(run) as (problem, candidates):
-            for strategy in lacking:
-                draws = range(run.config.evaluation.seeds if strategy.stochastic else 1)
-                made = [strategy.select(problem, k, run.seed(f"{strategy.name}-{draw}")) for draw in draws]
-                write_selection(places[strategy.name], [one.within(candidates) for one in made], pool)
-                logger.info("%s: %d of %d examples chosen for %s", strategy.name, len(made[0].indices), k, folder.name)
-    return {name: read_selection(place, pool) for name, place in places.items()}
+            for k, name in lacking:
+                draws = range(run.config.evaluation.seeds if strategies[name].stochastic else 1)
+                made = [strategies[name].select(problem, k, run.seed(f"{name}-{draw}")) for draw in draws]
+                write_selection(places[k, name], [one.within(candidates) for one in made], pool)
+                logger.info("%s: %d of %d examples chosen for %s", name, len(made[0].indices), k, folder.name)
+    return {k: {name: read_selection(places[k, name], pool) for name in strategies} for k in wanted}
 
 
 def _fingerprint(run: Run, strategy: str, k: int) -> str:

@@ -182,7 +182,16 @@ def test_one_subset_for_two_targets_is_one_training_and_crossing_scores_all(
     found = {(c.arm.target, c.scored_on): c.loss for c in crossed if c.seed == 0}
     assert found["animal", "animal"] < found["fruit", "animal"]
     assert found["fruit", "fruit"] < found["animal", "fruit"]
-    assert len(Findings(crossed, tables[0], "own").lines()) == 2, "lines are of the target that was chosen for"
+    findings = Findings(crossed, tables[0], "own")
+    assert [(line.strategy, line.target) for line in findings.lines()] == [
+        ("own", "fruit"), ("own", "animal"), ("own for others", "animal"), ("own for others", "fruit"),
+    ]  # fmt: skip
+    (wrong,) = (d for d in findings.differences() if d.target == ALL and d.metric == "loss")
+    assert (wrong.other, wrong.effect.positive, wrong.effect.pairs) == ("own for others", 4, 4)
+    means = {(c.arm.target == c.scored_on): [] for c in crossed}
+    for cell in crossed:
+        means[cell.arm.target == cell.scored_on].append(cell.loss)
+    assert wrong.effect.mean == pytest.approx(np.mean(means[False]) - np.mean(means[True]))
 
 
 def test_findings_pair_what_belongs_together(setting: Any, tables: tuple[Table, Table], tmp_path: Path) -> None:
@@ -225,7 +234,7 @@ def test_findings_pair_what_belongs_together(setting: Any, tables: tuple[Table, 
     assert len((tmp_path / "differences.csv").read_text().splitlines()) == 1 + len(findings.differences())
     text = markdown(findings, findings.differences())
     assert f"| {ALL} | equal-steps | loss | gtp 8 | random 16 |" in text
-    assert "2.80 bootstrap standard errors" in text
+    assert "the smallest true difference that this design would have told from zero in 80 % of all cases" in text
 
 
 def test_copies_are_counted_by_strategy(setting: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -50,3 +50,19 @@ def test_seeds_widen_the_interval_as_much_as_they_differ() -> None:
     assert rows_only.high - rows_only.low < 0.05
     assert both.low < -0.5
     assert both.high > 0.5
+
+
+@pytest.mark.parametrize(("units", "spread"), [(5, (0.0, 1.0)), (6, (1.0, 0.3)), (100, (1.0, 0.5))])
+def test_an_interval_of_few_units_or_seeds_holds_the_truth(units: int, spread: tuple[float, float]) -> None:
+    """In 95 % of all experiments, where percentiles alone do so in 75 to 90 %."""
+    rng, held, of_unit, of_seed = np.random.default_rng(3), 0, *spread
+    for _ in range(200):
+        values = rng.normal(0, of_unit, (units, 1)) + rng.normal(0, of_seed, (1, 3)) + rng.normal(0, 0.3, (units, 3))
+        found = effect(values)
+        held += found.low <= 0 <= found.high
+    assert 0.91 <= held / 200 <= 0.99
+
+
+def test_the_detectable_effect_heeds_few_seeds() -> None:
+    values = np.array([[-1.0, 0.0, 1.0]])
+    assert effect(values).detectable == pytest.approx((4.302653 + 1.060660) / np.sqrt(3))

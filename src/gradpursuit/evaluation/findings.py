@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.data import Table
-from gradpursuit.evaluation.compare import BASE, Cell
+from gradpursuit.evaluation.compare import BASE, FULL, Cell
 from gradpursuit.evaluation.statistics import Effect, effect
 from gradpursuit.selection.export import copies_chosen
 
 ALL = "all targets"
+WRONG = " for others"  # after the name of a strategy: its subsets for the other targets of a crossed comparison
 Scores = NDArray[np.float64]
 
 
@@ -22,7 +23,7 @@ class Line:
     """One strategy with one budget, for one target and protocol.
 
     Attributes:
-        strategy: its name, or `full`.
+        strategy: its name, or `full`; with " for others" its subsets for the other targets, mean over these.
         examples: chosen rows.
         copies: chosen rows that repeat another chosen row, mean over draws.
         layers: layers of the pursuit; 1 if it did not saturate, 0 for a strategy without layers.
@@ -30,7 +31,7 @@ class Line:
         losses: held-out loss after fine-tuning, one per seed.
         matches: share of exact matches, one per seed.
         accuracies: multiple-choice accuracy, one per seed; empty if it was not asked for.
-        target: that was chosen for, and scored on.
+        target: that was scored on, and chosen for unless the strategy says otherwise.
         budget: k, the examples asked for; 0 for the full pool.
         protocol: how long was trained.
         steps: optimizer steps.
@@ -97,17 +98,17 @@ class Findings:
         self.cells = list(cells)
         self.reference = reference
         own = [cell for cell in self.cells if cell.scored_on == cell.arm.target]
+        crossed = [cell for cell in self.cells if cell.scored_on != cell.arm.target and cell.arm.strategy != FULL]
         self._base = {cell.scored_on: cell for cell in own if cell.arm.strategy == BASE}
         self._groups: dict[tuple[str, str, str, int], list[Cell]] = {}
-        for cell in own:
-            if cell.arm.strategy != BASE:
-                key = (cell.scored_on, cell.protocol, cell.arm.strategy, cell.arm.budget)
-                self._groups.setdefault(key, []).append(cell)
+        for cells, suffix in ((own, ""), (crossed, WRONG)):
+            for cell in cells:
+                if cell.arm.strategy != BASE:
+                    key = (cell.scored_on, cell.protocol, cell.arm.strategy + suffix, cell.arm.budget)
+                    self._groups.setdefault(key, []).append(cell)
         self.targets = list(dict.fromkeys(cell.scored_on for cell in own))
-        self._copies = {
-            id(draw): copies_chosen(draw, pool)
-            for draw in {id(draw): draw for cell in own for draw in cell.arm.draws}.values()
-        }
+        draws = {id(draw): draw for cell in self.cells for draw in cell.arm.draws}
+        self._copies = {name: copies_chosen(draw, pool) for name, draw in draws.items()}
 
     def copies(self, cell: Cell) -> int | None:
         """Rows of the cell's subset that repeat another of its rows; None for the base model."""
@@ -118,24 +119,24 @@ class Findings:
         return [self._line(*key, cells) for key, cells in self._groups.items()]
 
     def _line(self, target: str, protocol: str, strategy: str, budget: int, cells: list[Cell]) -> Line:
-        cells = sorted(cells, key=lambda cell: cell.seed)
         first, base = cells[0].selection, self._base.get(target)
         assert first is not None  # only the base model has none
-        copies = [self._copies[id(draw)] for draw in cells[0].arm.draws]
+        copies = [self._copies[name] for name in {id(draw) for cell in cells for draw in cell.arm.draws}]
+        loss, measured = _grid(cells, "loss"), all(cell.result.correct is not None for cell in cells)
         return Line(
             strategy=strategy,
             examples=len(first.indices),
             copies=sum(copies) / len(copies),
             layers=int(first.layers.max()) if "path" in first.evidence else 0,
             before=base.loss if base else float("nan"),
-            losses=[cell.loss for cell in cells],
-            matches=[cell.exact_match for cell in cells],
-            accuracies=[cell.accuracy for cell in cells if cell.accuracy is not None],
+            losses=loss.mean(axis=0).tolist(),
+            matches=_grid(cells, "exact-match").mean(axis=0).tolist(),
+            accuracies=_grid(cells, "accuracy").mean(axis=0).tolist() if measured else [],
             target=target,
             budget=budget,
             protocol=protocol,
             steps=cells[0].result.steps,
-            gain=effect(_rows(base, "loss")[:, None] - _grid(cells, "loss")) if base else None,
+            gain=effect(_rows(base, "loss")[:, None] - loss) if base else None,
         )
 
     def gains(self) -> dict[tuple[str, int, str], Effect]:
@@ -192,8 +193,9 @@ def _rows(cell: Cell, metric: str) -> Scores:
 
 
 def _grid(cells: Sequence[Cell], metric: str) -> Scores:
-    """[rows, seeds]."""
-    return np.stack([_rows(cell, metric) for cell in sorted(cells, key=lambda cell: cell.seed)], axis=1)
+    """[rows, seeds]: of every seed the mean over its cells, of which there are several for other targets alone."""
+    seeds = sorted({cell.seed for cell in cells})
+    return np.stack([np.mean([_rows(c, metric) for c in cells if c.seed == seed], axis=0) for seed in seeds], axis=1)
 
 
 def _paired(left: Sequence[Cell], right: Sequence[Cell], metric: str) -> tuple[Scores, Scores]:

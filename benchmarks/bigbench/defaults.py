@@ -1,0 +1,64 @@
+"""The table that chooses the defaults: every variant against `gtp` as it is, on the development targets."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gradpursuit.evaluation.statistics import Effect, effect
+from gradpursuit.files import write_text
+
+PREFIX, REFERENCE = "ablation-", ("ablation-strategies", "gtp")
+Scores = dict[tuple[str, int], float]  # by target and seed
+
+
+def write_defaults(results: Path) -> None:
+    """`defaults.md`, of the ablations that are there; nothing before the one that the others are compared with is."""
+    found = dict(_variants(results))
+    if REFERENCE not in found:
+        return
+    lines = [
+        "# Variants of `gtp` on the development targets\n",
+        "Differences of means over held-out rows, paired by target and seed, with bootstrap intervals over targets and "
+        "seeds. Positive: `gtp` as it is does better.\n",
+        "| variant | budget | loss (95 %) | detectable | in favour | exact match (95 %) |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    reference = found.pop(REFERENCE)
+    for (part, strategy), scores in found.items():
+        name = strategy if part == REFERENCE[0] else part.removeprefix(PREFIX)
+        for budget in (budget for budget, metric in scores if metric == "loss"):
+            loss = _difference(scores[budget, "loss"], reference[budget, "loss"])
+            match = _difference(reference[budget, "exact_match"], scores[budget, "exact_match"])
+            cells = [name, budget, _interval(loss), f"{loss.detectable:.3f}", f"{loss.positive}/{loss.pairs}"]
+            lines.append("| " + " | ".join([*cells, _interval(match)]) + " |")
+    write_text(results / "defaults.md", "\n".join(lines) + "\n")
+
+
+def _variants(results: Path) -> Iterator[tuple[tuple[str, str], dict[tuple[str, str], Scores]]]:
+    """(part, strategy) and its scores by budget and metric."""
+    for path in sorted(results.glob(f"{PREFIX}*.cells.csv")):
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["budget"]]
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            scores: dict[tuple[str, str], Scores] = {}
+            for row in (row for row in rows if row["strategy"] == strategy):
+                for metric in ("loss", "exact_match"):
+                    cell = scores.setdefault((row["budget"], metric), {})
+                    cell[row["target"], int(row["seed"])] = float(row[metric])
+            yield (path.name.removesuffix(".cells.csv"), strategy), scores
+
+
+def _difference(left: Scores, right: Scores) -> Effect:
+    """left - right over [targets, seeds]."""
+    if left.keys() != right.keys():
+        raise ValueError(f"not the same cells: {sorted(left.keys() ^ right.keys())}")
+    targets, seeds = (list(dict.fromkeys(key[i] for key in left)) for i in (0, 1))
+    return effect(np.array([[left[target, seed] - right[target, seed] for seed in seeds] for target in targets]))
+
+
+def _interval(found: Effect) -> str:
+    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
