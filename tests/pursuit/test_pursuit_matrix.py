@@ -232,3 +232,9 @@ def test_ids_outside_the_matrix_are_refused(ids):
             made.columns(np.array(ids))
         with pytest.raises(PursuitError, match=r"0\.\.2"):
             made.combine(np.array(ids), np.ones(1))
+
+
+@pytest.mark.parametrize("blocks", [np.eye(3), [np.eye(3)]])
+def test_an_array_in_place_of_shards_is_refused(blocks):
+    with pytest.raises(PursuitError, match=r"\[\[U\]\] for one array U"):
+        TrajectoryMatrix(blocks)

@@ -158,3 +158,19 @@ def test_newton_steps_on_coherent_columns(D, ridge, caplog):
 def test_refusals(gram, atb, options, message):
     with pytest.raises(PursuitError, match=message):
         nnls(gram, atb, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gram": [[1, 0.5], [0, 1]]}, "gram\\[0, 1\\] is 0.5 but gram\\[1, 0\\] is 0"),
+        ({"gram": np.eye(2) * 1j}, "gram holds complex128 values"),
+        ({"atb": ["a", "b"]}, "atb holds <U1 values"),
+        ({"ridge": "a"}, "ridge is 'a'"),
+        ({"tol": -1}, "tol is -1"),
+        ({"max_iter": 0}, "max_iter is 0"),
+    ],
+)
+def test_what_is_no_such_problem_is_refused(arguments, message):
+    with pytest.raises(PursuitError, match=message):
+        nnls(**{"gram": np.eye(2), "atb": np.ones(2), **arguments})

@@ -218,3 +218,11 @@ def test_the_score_for_several_targets_is_that_for_their_mean(estimator):
     found = estimator(10).fit(A, y)
     assert 0 < found.score(A, y) < 1
     assert found.score(A, y) == pytest.approx(found.score(A, y.mean(axis=1)))
+
+
+def test_residuals_of_groups_are_those_of_the_last_fit():
+    rng = np.random.default_rng(5)
+    X = rng.standard_normal((30, 40))
+    pursuit = GradientTrajectoryPursuit(5, targets="balanced").fit(X, X[:, :2])
+    assert pursuit.group_residuals_.shape == (2,)
+    assert not hasattr(pursuit.fit(X, X[:, 0]), "group_residuals_")

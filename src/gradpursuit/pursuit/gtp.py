@@ -192,6 +192,7 @@ class GradientTrajectoryPursuit(PursuitRegressor):
         self.copies_ = {copy: of for copy, of in parts[-1].pool.copies.items() if copy not in chosen}
         self._parts, self._y = parts, y
         self._fits = [[layer.fit for layer in part.layers] for part in parts]
+        self.__dict__.pop("group_residuals_", None)  # of another fit
         if y.ndim == 2:
             self.group_residuals_ = self._group_residuals(matrix, y)
         return self

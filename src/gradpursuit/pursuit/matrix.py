@@ -135,6 +135,10 @@ class TrajectoryMatrix:
     """
 
     def __init__(self, blocks: Sequence[Sequence[NDArray[Any]]], scale: ArrayLike | None = None) -> None:
+        if isinstance(blocks, np.ndarray) or any(isinstance(shards, np.ndarray) for shards in blocks):
+            raise PursuitError(
+                "a trajectory is a list of shards for each checkpoint ([[U]] for one array U [N, d]), not an array."
+            )
         if not blocks or not all(blocks):
             raise PursuitError("a trajectory needs at least one checkpoint, and each checkpoint at least one shard.")
         self._rows = [Rows(shards, f"checkpoint {t}") for t, shards in enumerate(blocks)]

@@ -63,9 +63,12 @@ def nnls(
         max_iter: most linear systems to solve; default 100 + 5n.
 
     Raises:
-        PursuitError: shapes do not fit, values are not finite or the ridge is negative.
+        PursuitError: shapes do not fit, values are not finite real numbers, `gram` is not symmetric, the ridge is
+            negative, or `tol` or `max_iter` is no positive number.
     """
     G, q, x = _checked(gram, atb, ridge, start)
+    if not (isinstance(tol, (int, float)) and tol > 0 and (max_iter is None or max_iter >= 1)):
+        raise PursuitError(f"tol is {tol} and max_iter is {max_iter}; both must be positive (max_iter may be None).")
     if len(q) == 0 or q.max() <= 0:  # then x = 0 is the solution
         return NNLSResult(np.zeros(len(q)), 0.0, 0)
     lengths = _lengths(G, q, ridge)
@@ -101,17 +104,28 @@ def violation(y: Float64Array, x: Float64Array, scale: float) -> float:
 def _checked(
     gram: ArrayLike, atb: ArrayLike, ridge: float, start: ArrayLike | None
 ) -> tuple[Float64Array, Float64Array, Float64Array]:
-    G, q = np.asarray(gram, dtype=np.float64), np.asarray(atb, dtype=np.float64)
-    x = np.zeros(q.shape) if start is None else np.maximum(np.asarray(start, dtype=np.float64), 0.0)
+    G, q = _real("gram", gram), _real("atb", atb)
+    x = np.zeros(q.shape) if start is None else np.maximum(_real("start", start), 0.0)
     if q.ndim != 1 or G.shape != (len(q), len(q)) or x.shape != q.shape:
         raise PursuitError(
             f"gram {G.shape}, atb {q.shape} and start {x.shape} do not fit; n columns need gram [n, n] and vectors [n]."
         )
     if not (np.isfinite(G).all() and np.isfinite(q).all() and np.isfinite(x).all()):
         raise PursuitError("gram, atb or start holds NaN or infinity; least squares needs finite numbers.")
-    if not (np.isfinite(ridge) and ridge >= 0):
-        raise PursuitError(f"ridge is {ridge}; it must be a finite number >= 0.")
+    if not (isinstance(ridge, (int, float, np.number)) and np.isfinite(ridge) and ridge >= 0):
+        raise PursuitError(f"ridge is {ridge!r}; it must be a finite number >= 0.")
+    uneven = np.abs(G - G.T)
+    if uneven.max(initial=0.0) > 1e-6 * np.abs(G).max(initial=0.0):
+        i, j = divmod(int(uneven.argmax()), len(q))
+        raise PursuitError(f"gram[{i}, {j}] is {G[i, j]} but gram[{j}, {i}] is {G[j, i]}; pass gram = A.T @ A.")
     return G, q, x
+
+
+def _real(name: str, values: ArrayLike) -> Float64Array:
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise PursuitError(f"{name} holds {array.dtype} values; least squares needs real numbers.")
+    return array.astype(np.float64, copy=False)
 
 
 def _lengths(G: Float64Array, q: Float64Array, ridge: float) -> Float64Array:

@@ -58,6 +58,9 @@ class BudgetRequest(Section):
         return self
 
 
+_LESS = "ask for less, or select more rows first (selection.k)"
+
+
 @dataclass(frozen=True)
 class Budget:
     """What an export may hold.
@@ -178,7 +181,7 @@ def within_budget(selection: Selection, budget: Budget, pool: Table) -> Selectio
             return Selection(
                 subset.indices[places], weights / weights.mean(), subset.layers[places], selection.evidence
             )
-    raise SelectionError(f"{lacking}; ask for less, or select more rows first (selection.k)")
+    raise SelectionError(lacking)
 
 
 def _filled(indices: list[int], budget: Budget, facts: Facts) -> tuple[list[int], str]:
@@ -190,11 +193,14 @@ def _filled(indices: list[int], budget: Budget, facts: Facts) -> tuple[list[int]
     for name, least in budget.least.items():
         own = [place for place, other in enumerate(source) if other == name][:least]
         if len(own) < least:
-            return [], f"source '{name}' is to have at least {least} rows, but the selection holds only {len(own)}"
+            return (
+                [],
+                f"source '{name}' is to have {least} rows or more, but the selection holds only {len(own)}; {_LESS}",
+            )
         taken.update(own)
     used = sum(cost[place] for place in taken)
     if used > limit:
-        return [], f"the least rows of the sources take {used:,} {budget.unit}, more than the budget of {limit:,}"
+        return [], f"the least rows of the sources take {used:,} {budget.unit}: raise the budget of {limit:,}"
     counts, full = Counter(source[place] for place in taken), False
     for place in range(len(indices)):
         if place in taken or counts[source[place]] >= budget.most.get(source[place], len(indices)):
@@ -207,8 +213,9 @@ def _filled(indices: list[int], budget: Budget, facts: Facts) -> tuple[list[int]
         used += cost[place]
     if not taken:
         why = f"its best row alone has {cost[0]:,} {budget.unit}" if full else "the sources' maxima leave none of it"
+        why += "; raise it" if full else "; raise them"
         return [], f"the budget ({budget}) buys no row of the selection: {why}"
     if budget.limit is not None and not full and used < limit:
         within = " within the sources' maxima" if budget.most else ""
-        return [], f"the budget is {limit:,} {budget.unit}, but the selection holds only {used:,}{within}"
+        return [], f"the budget is {limit:,} {budget.unit}, but the selection holds only {used:,}{within}; {_LESS}"
     return sorted(taken), ""
