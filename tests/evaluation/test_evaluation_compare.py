@@ -188,7 +188,7 @@ def test_one_subset_for_two_targets_is_one_training_and_crossing_scores_all(
     ]  # fmt: skip
     (wrong,) = (d for d in findings.differences() if d.target == ALL and d.metric == "loss")
     assert (wrong.other, wrong.effect.positive, wrong.effect.pairs) == ("own for others", 4, 4)
-    means = {(c.arm.target == c.scored_on): [] for c in crossed}
+    means: dict[bool, list[float]] = {True: [], False: []}
     for cell in crossed:
         means[cell.arm.target == cell.scored_on].append(cell.loss)
     assert wrong.effect.mean == pytest.approx(np.mean(means[False]) - np.mean(means[True]))
