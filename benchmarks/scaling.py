@@ -7,9 +7,9 @@ strong     the same rows on more workers. weak: the same rows for each worker
 overhead   passes over next to no rows, on more workers than there are cores: what a pass costs beside reading
 fits       whole pursuits with their residuals: one machine, exact on workers (the same answer), two-level
 model      seconds of a pass = bytes of a worker / its bandwidth + overhead + overhead of a worker × workers; its three
-           constants are fitted to what was measured. With a bandwidth of the network, and as many passes and columns
-           for each chosen row as the measured pursuit took, it says what passes on --nodes would take: that is
-           computed, not measured, and without the driver's refits
+           constants, none of them negative, are fitted to what was measured. With a bandwidth of the network, and as
+           many passes and columns for each chosen row as the measured pursuit took, it says what passes on --nodes
+           would take: that is computed, not measured, and without the driver's refits
 
 Rows lie in the page cache, so bandwidth is that of memory and kernel, not of a disk.
 
@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 from pursuit_parts.synthetic import LowRank
+from scipy.optimize import nnls
 
 from gradpursuit.cluster import ClusterFeatures, RayGradientMatrix, Session, Team, connected, local_only, parts_of
 from gradpursuit.config import EngineSection
@@ -233,31 +234,31 @@ def told(matrix: RayGradientMatrix) -> dict[str, Any]:
 def predict(found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
     """The constants of the model, how far it is off what was measured, and a pass on the nodes asked about.
 
-    Only measurements in which every worker had a core are used for the bandwidth.
+    Of passes over many rows only those in which every worker had a core are used.
     """
     cores = found["machine"]["cores_at_hand"]
     fair = [one for name in ("strong", "weak", "rows_of_one") for one in found[name] if one["workers"] <= cores]
-    crowd = found["overhead"]
-    per_worker, base = np.polyfit([one["workers"] for one in crowd], [one["seconds"] for one in crowd], 1)
-    left = np.array([one["seconds"] - base - per_worker * one["workers"] for one in fair])
-    size = np.array([one["bytes_per_worker"] for one in fair])
-    bandwidth = float(size @ size / (size @ left))
-    modelled = [one["bytes_per_worker"] / bandwidth + base + per_worker * one["workers"] for one in fair]
-    off = [model / one["seconds"] - 1 for model, one in zip(modelled, fair, strict=True)]
+    used = [*fair, *found["overhead"]]
+    # Parts of a time are not negative; errors are relative, so that passes over next to no rows count too.
+    shares = np.array([[one["bytes_per_worker"] / 1e9, 1.0, one["workers"]] for one in used])
+    shares /= [[one["seconds"]] for one in used]
+    constants, _ = nnls(shares, np.ones(len(used)))
+    per_byte, base, per_worker = map(float, constants / [1e9, 1.0, 1.0])
+    off = [float(modelled) - 1 for modelled in shares[: len(fair)] @ constants]
     there = arguments.rows_there * arguments.dim_there * 2 / arguments.nodes
     k, nodes = arguments.budget_there, arguments.nodes
     out, pairs = WIDE * arguments.dim_there * nodes, PAIR * joining(k) * nodes
-    reading = there / (bandwidth * arguments.cores)
-    overhead = max(0.0, base) + max(0.0, per_worker) * nodes
+    reading = there * per_byte / arguments.cores
+    overhead = base + per_worker * nodes
     moving = (out + pairs) / arguments.network
     exact = found["fits"][1]
     columns = COLUMN * arguments.dim_there * exact["columns"] / found["budget"] * k
     a_pass = reading + overhead + moving
     return {
         "measured": {
-            "bandwidth_of_a_worker": bandwidth,
-            "overhead_seconds": float(base),
-            "overhead_seconds_per_worker": float(per_worker),
+            "bandwidth_of_a_worker": 1 / per_byte,
+            "overhead_seconds": base,
+            "overhead_seconds_per_worker": per_worker,
             "model_over_measured_minus_1": off,
             "least_reading_share": min(one["reading_share"] for one in fair),
         },
