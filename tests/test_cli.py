@@ -42,6 +42,13 @@ def test_help_and_import_load_nothing_heavy() -> None:
     assert "quickstart" in done.stdout
 
 
+def test_the_module_is_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gradpursuit", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"gradpursuit {__version__}")
+
+
 def test_version_and_lazy_names(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])

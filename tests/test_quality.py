@@ -54,6 +54,7 @@ ORDER = {
             ("status", "console", "verify", "estimate", "opening"),
             ("quickstart", "export_verb"),
             ("cli",),
+            ("__main__",),
         )
     )
     for name in names

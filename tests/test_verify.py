@@ -89,7 +89,7 @@ def test_a_damaged_shard_is_named_with_its_rows(damaged: Path, damage: str, caps
     found = problems(damaged)
     assert len(found) == 1
     assert str(path) in found[0]
-    assert "rows 8-15 of checkpoint 2 are missing" in found[0]
+    assert f"rows 8-15 of checkpoint 2 are missing; run `gradpursuit collect {damaged}`" in found[0]
     assert main(["verify", str(damaged)]) == 2
     assert "1 problems in" in capsys.readouterr().err
 
@@ -136,7 +136,7 @@ def test_many_damaged_shards_are_told_in_few_lines(damaged: Path) -> None:
         path.unlink()
     found = [p for p in problems(damaged) if "adam-symmetric" in p]
     assert len(found) == 6
-    assert "and 3 more shards like these" in found[-1]
+    assert "and 3 more shards like these; run `gradpursuit collect" in found[-1]
 
 
 def test_added_targets_are_verified_as_well(damaged: Path) -> None:

@@ -73,9 +73,9 @@ def verify(run: Run, sample: int = 8) -> Verification:
     problems = [problem for lines in found.values() for problem in lines]
     sound: list[Split] = []
     if not found["data"] and not found["trajectory"]:
-        for split in _splits(run, problems):
+        for split, again in _splits(run, problems):
             damaged = store_problems(run, split)
-            problems += damaged
+            problems += [f"{problem}; run `{again}`" for problem in damaged]
             if split.kinds and not damaged:
                 sound.append(split)
     checks = _recompute(run, sound, sample, problems) if sound and sample else []
@@ -105,11 +105,14 @@ def _stage_problems(run: Run, stage: Stage) -> Iterator[str]:
         yield f"{run.folder}: stage '{stage.name}' is {state}; run `gradpursuit {stage.verb} {run.folder}`"
 
 
-def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
-    """The run's own target and pool, and the targets that were added; what is wrong with those goes to `problems`."""
+def _splits(run: Run, problems: list[str]) -> Iterator[tuple[Split, str]]:
+    """The run's own target and pool, and the targets that were added, each with the command that mends it.
+
+    What is wrong with added targets goes to `problems`.
+    """
     from gradpursuit.data import Table
 
-    yield from splits(run)
+    yield from ((split, f"gradpursuit collect {run.folder}") for split in splits(run))
     for target in targets(run):
         try:
             if trouble := target.trouble():
@@ -120,7 +123,7 @@ def _splits(run: Run, problems: list[str]) -> Iterator[Split]:
             problems.append(str(error))
             continue
         folder = gradient_folder(run, target.name) / "target"
-        yield Split(f"target '{target.name}'", table, target_features(run), folder)
+        yield Split(f"target '{target.name}'", table, target_features(run), folder), target.command()
 
 
 def _recompute(run: Run, sound: list[Split], sample: int, problems: list[str]) -> list[StoreCheck]:
