@@ -54,11 +54,16 @@ def write_jsonl(rows: list[Row], path: Path) -> None:
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def _row(render: Renderer, task: str, index: int, example: dict[str, Any]) -> Row:
+def answer_of(example: dict[str, Any]) -> str:
+    """The choice with the highest score, or the (first) text that is wanted."""
     scores = example.get("target_scores")
     answer = max(scores, key=scores.__getitem__) if scores else example["target"]
-    answer = answer if isinstance(answer, str) else answer[0]
-    messages = [{"role": "user", "content": example["input"].strip()}, {"role": "assistant", "content": answer.strip()}]
+    return (answer if isinstance(answer, str) else str(answer[0])).strip()
+
+
+def _row(render: Renderer, task: str, index: int, example: dict[str, Any]) -> Row:
+    answer = answer_of(example)
+    messages = [{"role": "user", "content": example["input"].strip()}, {"role": "assistant", "content": answer}]
     text, rendered = json.dumps(messages), render(messages)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Row(f"{task}-{index}", digest, task, index, text, rendered.input_ids, rendered.labels)
