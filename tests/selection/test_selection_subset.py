@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.errors import SelectionError
+from gradpursuit.files import sha256_of
 from gradpursuit.selection import Selection
 from gradpursuit.selection.card import Origin, write_subset
 from gradpursuit.selection.subset import Subset, apportioned, refuse_reserved_columns
@@ -118,11 +119,21 @@ def test_repeats_add_up_and_follow_the_weights(weights: list[float], more: int) 
     assert (np.diff(found[order])[np.diff(made[order]) > 0] >= 0).all()
 
 
+def test_folders_of_one_name_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    chosen = selection()
+    parts = {"k-3": chosen, "k-2": Selection(chosen.indices[:2], chosen.weights[:2], chosen.layers[:2])}
+    for name, part in parts.items():
+        write_subset(tmp_path / name / "gtp", Subset.of(part, pool()), ORIGIN)
+    for name, part in parts.items():
+        assert load_dataset(str(tmp_path / name / "gtp"), **cached(tmp_path)).num_rows == len(part.indices)
+
+
 def test_the_card_is_yaml_and_markdown(folder: Path) -> None:
     text = (folder / "README.md").read_text("utf-8")
     _, head, body = text.split("---\n", 2)
     found = yaml.safe_load(head)
-    assert found["configs"] == [{"config_name": "default", "data_files": "selected.parquet"}]
+    name = f"rows-{sha256_of(folder / 'selected.parquet')[:16]}"
+    assert found["configs"] == [{"config_name": name, "data_files": "selected.parquet"}]
     assert found["size_categories"] == ["n<1K"]
     assert "3 of 6 rows of a pool, chosen for its target with the strategy `gtp`" in body
     assert "| pool.jsonl | 5 | 3 |" in body

@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from gradpursuit import __version__
-from gradpursuit.files import write_text
+from gradpursuit.files import sha256_of, write_text
 from gradpursuit.selection.subset import Subset, write_rows
 
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))
@@ -54,7 +54,8 @@ def write_subset(folder: Path, subset: Subset, origin: Origin, total: int | None
     """
     repeats = subset.repeats(total)
     as_text = write_rows(folder, subset, repeats)
-    write_text(folder / "README.md", card(subset, origin, repeats, as_text))
+    content = sha256_of(folder / "selected.parquet")
+    write_text(folder / "README.md", card(subset, origin, repeats, as_text, content))
     return {
         "rows": len(subset.rows),
         "tokens": subset.tokens,
@@ -65,14 +66,18 @@ def write_subset(folder: Path, subset: Subset, origin: Origin, total: int | None
     }
 
 
-def card(subset: Subset, origin: Origin, repeats: NDArray[np.int64], as_text: Sequence[str]) -> str:
-    """The text of the card: YAML that `datasets` and the hub read, and Markdown for people."""
+def card(subset: Subset, origin: Origin, repeats: NDArray[np.int64], as_text: Sequence[str], content: str) -> str:
+    """The text of the card: YAML that `datasets` and the hub read, and Markdown for people.
+
+    `datasets` caches what it loads under the names of the folder and of the configuration, so folders of one name would
+    be taken for one another: the configuration is named after the content, the sha256 (hex) of its file.
+    """
     rows = len(subset.rows)
     head = {
         "pretty_name": f"{rows} rows chosen by gradpursuit ({origin.strategy})",
         "tags": ["gradpursuit", "data-selection"],
         "size_categories": [next((name for most, name in _SIZES if rows < most), "n>1M")],
-        "configs": [{"config_name": "default", "data_files": "selected.parquet"}],
+        "configs": [{"config_name": f"rows-{content[:16]}", "data_files": "selected.parquet"}],
     }
     parts = [_facts(subset, origin), _sources(subset, origin), _columns(subset, as_text), _files(subset, repeats)]
     text = "\n\n".join([f"# {_plain(str(head['pretty_name']))}", *parts, _END])
