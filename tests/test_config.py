@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from gradpursuit.config import LoraSection, RunConfig, WarmupSection, build_config, load_config
+from gradpursuit.config import LoraSection, RunConfig, WarmupSection, build_config, build_section, load_config
 from gradpursuit.errors import ConfigError, GradPursuitError, nearest
+from gradpursuit.selection.budget import BudgetRequest
 
 MINIMAL = "model:\n  path: some/model\ndata:\n  pool: pool.jsonl\n  target: [a.jsonl, b.jsonl]\n"
 
@@ -319,6 +320,12 @@ def test_bad_flags(tmp_path: Path) -> None:
     assert "unknown key ''" in message(tmp_path, MINIMAL, "=1")
     assert load(tmp_path, MINIMAL, "run_dir=[a").run_dir == "[a"
     assert load(tmp_path, MINIMAL, "run_dir=2024-13-45").run_dir == "2024-13-45"
+
+
+def test_a_value_that_fits_no_member_of_a_union_is_told_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_section(BudgetRequest, {"k": 0}, "export")
+    assert str(caught.value) == "'export.k' = 0: Input should be greater than or equal to 1, or 'auto'"
 
 
 def test_build_config_names_its_origin() -> None:

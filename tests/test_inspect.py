@@ -115,6 +115,14 @@ def test_bad_input_is_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None
     (job.folder / "target.jsonl").write_text('{"prompt": 5}\n')
     assert main(["inspect", str(job.path)]) == 2
     assert "target.jsonl:1: columns found: 'prompt'" in capsys.readouterr().err
+    assert main(["inspect", str(job.path), "--selection.strategies", "gpt"]) == 2
+    assert "unknown strategy 'gpt'; did you mean 'gtp'?" in capsys.readouterr().err
+    job.write("pool.jsonl", [{"prompt": "a", "completion": "b", "weight": 1.0}])
+    job.write("target.jsonl", [{"prompt": f"q{i}", "completion": "b"} for i in range(3)])
+    assert main(["inspect", str(job.path)]) == 2
+    assert (
+        "pool.jsonl:1: the column 'weight' is also the name of a column that the export adds" in capsys.readouterr().err
+    )
     for flag in ("-1", "x"):
         with pytest.raises(SystemExit):
             main(["inspect", str(job.path), "--n", flag])

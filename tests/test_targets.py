@@ -328,6 +328,8 @@ def test_mistakes_leave_nothing_behind(run: Path, template: Job, capsys: pytest.
     refused("every row of the pool is also in target or heldout", "pool.jsonl", heldout="score.jsonl")
     for name in ("../up", "a/b", ".hidden", "", "true", "5", "null", "x" * 65):
         refused("the name of a target is a letter followed by", "other.jsonl", name=name)
+    for name in ("own", "pool"):
+        refused(f"'{name}' is what the run's own", "other.jsonl", name=name)
     assert main(["select", str(run), "--selection.target", "../up"]) == 2
     assert "--selection.target: 'selection.target' = '../up': the name of a target" in capsys.readouterr().err
     assert main(["select", str(run), "--selection.target", "nobody"]) == 2

@@ -115,10 +115,13 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gradpursuit.data.inspection import inspect as look
     from gradpursuit.opening import named_config
     from gradpursuit.pipeline import Run
+    from gradpursuit.selection.subset import refuse_reserved_columns
 
     quiet_libraries()
     made = Run(named_config(arguments.config, overrides, arguments.run_dir))
-    found = look(made.config.data, made.renderer(), arguments.n, made.config.evaluation.holdout, made.seed("holdout"))
+    made.strategies()  # a name that nothing is known of is refused here, before anything is read
+    data, holdout = made.config.data, made.config.evaluation.holdout
+    found = look(data, made.renderer(), arguments.n, holdout, made.seed("holdout"), check=refuse_reserved_columns)
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
         return
@@ -244,10 +247,9 @@ def _execute(
 
 def _count(text: str) -> int:
     """A flag's number of things."""
-    number = int(text)
-    if number < 0:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
+    return int(text)
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

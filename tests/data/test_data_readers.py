@@ -155,7 +155,7 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b"{}", "columns found: none; expected"),
         (b'{"prompt": "q"}', "columns found: 'prompt'; expected"),
         (b'{"prompt": "q", "completion": 5}', "'prompt' is str and 'completion' is int; expected two strings or"),
-        (b'{"prompt": "q", "completion": null}', "columns found: 'prompt', 'completion'; expected"),
+        (b'{"prompt": "q", "completion": null}', "columns found: 'prompt', 'completion' (null); expected"),
         (b'{"prompt": [], "completion": []}', "'prompt': expected a list of"),
         (b'{"messages": "hi"}', "'messages': expected a list of"),
         (b'{"messages": []}', "'messages': expected a list of"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -37,10 +38,12 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
-        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(dict(item), RunConfig)}" for item in error.errors()]
+        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(item, RunConfig)}" for item in _values(error)]
         raise ConfigError("\n".join(lines)) from None
 
 
+# What pydantic adds to the place of a value for the member of a union that it was tried as.
+_MEMBER = re.compile(r"(constrained|function)-.*|(literal|list|dict)\[.*\]|int|float|str|bool")
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 
@@ -53,7 +56,22 @@ def build_section(kind: type[SectionT], values: Mapping[str, Any], within: str) 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(dict(item), kind, within) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(item, kind, within) for item in _values(error))) from None
+
+
+def _values(error: ValidationError) -> list[dict[str, Any]]:
+    """The errors, one for each value: one that fits no member of a union has one error for each of them."""
+    found: dict[tuple[int | str, ...], dict[str, Any]] = {}
+    for item in error.errors():
+        loc = item["loc"]
+        while len(loc) > 1 and _MEMBER.fullmatch(str(loc[-1])):
+            loc = loc[:-1]
+        if loc in found:
+            more = item["msg"].removeprefix("Input should be ")
+            found[loc] |= {"type": "union", "msg": f"{found[loc]['msg']}, or {more}"}
+        else:
+            found[loc] = {**item, "loc": loc}
+    return list(found.values())
 
 
 def _origin(loc: tuple[int | str, ...], flags: Sequence[str], where: str) -> str:

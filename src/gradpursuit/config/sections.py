@@ -271,7 +271,7 @@ class EvaluationSection(Section):
 
 
 class EngineSection(Section):
-    """Where gradients and pursuits are computed; what they give does not depend on it."""
+    """Where gradients and pursuits are computed; what they give depends on it by rounding alone."""
 
     name: Literal["local", "ray"] = Field("local", description="this process, or workers of a Ray cluster")
     address: str | None = Field(

@@ -78,8 +78,8 @@ def target_name(name: str) -> str:
             "the name of a target is a letter followed by at most 63 letters, digits, '-' or '_', and no word that "
             "YAML takes for a value (true, no, null, ...)"
         )
-    if name == OWN:
-        raise ValueError(f"'{OWN}' is what the run's own target is called")
+    if name in (OWN, "pool"):
+        raise ValueError(f"'{name}' is what the run's own {'target' if name == OWN else 'pool'} is called")
     return name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -87,7 +87,14 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(config: DataSection, renderer: Renderer, number: int, holdout: float, seed: int) -> Inspection:
+def inspect(
+    config: DataSection,
+    renderer: Renderer,
+    number: int,
+    holdout: float,
+    seed: int,
+    check: Callable[[Table], None] = lambda pool: None,
+) -> Inspection:
     """Read, render and clean everything, and look at it; nothing is left behind.
 
     Args:
@@ -96,6 +103,7 @@ def inspect(config: DataSection, renderer: Renderer, number: int, holdout: float
         number: rows of pool and target each that are shown, spread evenly.
         holdout: share of the target that is set aside without a held-out source.
         seed: of that share.
+        check: raises what else is wrong with the cleaned pool.
 
     Raises:
         DataError: as :func:`prepare`.
@@ -105,6 +113,7 @@ def inspect(config: DataSection, renderer: Renderer, number: int, holdout: float
         counts = prepare(config, renderer, folder, holdout, seed)
         records = _Records(folder / "dropped.jsonl")
         tables = {name: Table.read(folder / f"{name}.parquet") for name in SPLITS}
+        check(tables["pool"])
         lengths = {name: _lengths(table) for name, table in tables.items()}
         shown = [_shown(name, row, renderer) for name in SPLITS[:2] for row in _spread(tables[name], number)]
         removed = counts["dropped"].get("pool: duplicate", 0)

@@ -87,7 +87,7 @@ def recognise(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], whe
     for name, (needed, read) in _READERS.items():
         if all(view.get(column) is not None for column in needed):
             return name, _with_extras(read(view, where), view, where)
-    found = ", ".join(f"'{name}'" for name in columns) or "none"
+    found = ", ".join(f"'{name}'{'' if value is not None else ' (null)'}" for name, value in columns.items()) or "none"
     hint = "; name the columns in data.columns, as in {prompt: question, completion: answer}" if columns else ""
     raise DataError(f"{where}: columns found: {found}; expected {SCHEMAS}{hint}")
 
