@@ -248,6 +248,11 @@ def test_a_mistake_leaves_no_run_folder_behind(job: Job, capsys: pytest.CaptureF
     for setting in (["--selection.strategies", "foo"], ["--data.pool", "gone.jsonl"], ["--selection.k", "99"]):
         fails(["run", str(job.path), *setting], capsys)
         assert not job.run_dir.exists()
+    fails(["run", str(job.path), "--run-dir", str(job.folder / "new/runs/a"), "--selection.k", "99"], capsys)
+    assert not (job.folder / "new").exists(), "no folder above it either"
+    (job.folder / "old").mkdir()
+    fails(["run", str(job.path), "--run-dir", str(job.folder / "old/a"), "--selection.k", "99"], capsys)
+    assert (job.folder / "old").is_dir()
     assert main(["warmup", str(job.path)]) == 0
     fails(["run", str(job.path), "--selection.k", "99"], capsys)
     assert (job.run_dir / "trajectory/checkpoint-1").is_dir()

@@ -111,6 +111,7 @@ def test_tokens_sources_repeats_and_the_folder(
 ) -> None:
     found = budget(exported, capsys, "--tokens", "60", "--strategies", "gtp")
     assert list(found["strategies"]) == ["gtp"]
+    assert found["next"].endswith(f" --evaluation.budgets {found['strategies']['gtp']['rows']}")
     assert 40 < found["strategies"]["gtp"]["tokens"]["supervised"] <= 60
     found = budget(exported, capsys, "--tokens", "200", "--count", "total", "--strategies", "gtp")
     assert 150 < found["strategies"]["gtp"]["tokens"]["total"] <= 200

@@ -136,6 +136,23 @@ def test_estimate_counts_the_signals(every: Job) -> None:
     assert found.stages["gradients"].seconds > 0
 
 
+def test_fewer_strategies_need_no_other_features(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = {path: path.stat().st_mtime_ns for path in run.glob("gradients/**/*.*")}
+    assert main(["select", str(run), "--selection.strategies", "gtp,el2n"]) == 0
+    assert main(["status", str(run), "--json"]) == 0
+    capsys.readouterr()
+    assert main(["collect", str(run)]) == 0
+    assert "gradients: complete, nothing to do" in " ".join(capsys.readouterr().err.split())
+    shard = next(run.glob("gradients/pool/el2n/**/*.safetensors"))
+    kept = shard.read_bytes()
+    shard.unlink()
+    assert main(["collect", str(run)]) == 0, "what a part of the strategies needs is mended"
+    assert shard.read_bytes() == kept
+    assert main(["select", str(run), "--selection.strategies", "gtp,less,rds"]) == 0, "and all others are there still"
+    after = {path: path.stat().st_mtime_ns for path in run.glob("gradients/**/*.*")}
+    assert {path for path in after if after[path] != stores[path]} <= {shard, run / "gradients/dropped.jsonl"}
+
+
 def test_an_option_is_part_of_what_a_selection_depends_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "selection/gtp-target/path.json").read_bytes()
     words = ["--selection.options.gtp-target.rank", "3"]

@@ -53,8 +53,9 @@ def export_with_budget(arguments: argparse.Namespace, config: RunConfig) -> None
         found = export_budget(made, request, **_given(arguments, *_MORE))
     files = [found.folder / name for name in found.figures]
     following = f"gradpursuit compare {made.folder}"
-    if found.budget.unit == "rows" and found.budget.limit:
-        following += f" --evaluation.budgets {found.budget.limit}"
+    sizes = {figures["rows"] for figures in found.figures.values()}
+    if found.budget.limit and len(sizes) == 1:
+        following += f" --evaluation.budgets {sizes.pop()}"
     done = Done(found.folder, files, following, found.to_json(), [export_table(found)])
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 

@@ -120,6 +120,14 @@ def feature_requests(selection: SelectionSection) -> list[str]:
     return sorted(found)
 
 
+def collected_requests(run: Run) -> list[str]:
+    """The :func:`feature_requests` that the features of a run are known by: those they were collected for, while they
+    hold what is wanted now."""
+    wanted, collected = feature_requests(run.config.selection), run.manifest.entry("gradients").get("plan", {})
+    known: list[str] = collected.get("requests", [])
+    return known if set(wanted) <= set(known) else wanted
+
+
 def _needed(run: Run) -> list[FeatureKind]:
     return _distinct(kind for strategy in run.strategies() for kind in strategy.needs(run.settings).features)
 
@@ -270,11 +278,15 @@ def checkpoint_count(run: Run) -> int:
 
 
 def gradients_plan(run: Run) -> dict[str, Any]:
-    """The stores that the stage is going to write: labels by split, and of `signals` by split; what a target needs."""
+    """What the stage is going to write: labels by split, and of `signals` by split; what a target needs; for whom."""
     found = {split.name: split for split in splits(run)}
     plan: dict[str, Any] = {name: [kind.label for kind in split.gradients] for name, split in found.items()}
     plan["signals"] = {name: [kind.label for kind in split.signals] for name, split in found.items()}
-    return {**plan, "of_a_target": [kind.label for kind in target_features(run)]}
+    return {
+        **plan,
+        "of_a_target": [kind.label for kind in target_features(run)],
+        "requests": collected_requests(run),
+    }
 
 
 def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:

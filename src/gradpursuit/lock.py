@@ -71,6 +71,7 @@ class RunLock:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.created = folder, False
+        self._parents: list[Path] = []  # made for it, from below
         self._file: int | None = None
         self._depth = 0
 
@@ -94,11 +95,13 @@ class RunLock:
             self._file = None
 
     def discard_folder(self) -> None:
-        """Delete the folder; one that another process makes under its name meanwhile is left alone."""
+        """Delete the folder, and those made above it; one that another process makes there meanwhile is left alone."""
         gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         with suppress(OSError):
             self.folder.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
+            for parent in self._parents:
+                parent.rmdir()  # fails, and ends it, where there is something else
 
     def _acquire(self) -> int:
         deadline = time.monotonic() + _PATIENCE
@@ -120,9 +123,10 @@ class RunLock:
             time.sleep(0.02)
 
     def _open(self) -> int:
+        lacking = [parent for parent in self.folder.parents if not parent.exists()]
         try:
             self.folder.mkdir(parents=True)
-            self.created = True
+            self.created, self._parents = True, lacking
         except FileExistsError:
             pass
         return os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)

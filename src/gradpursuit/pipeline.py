@@ -14,7 +14,7 @@ from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig, rows_of
 from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
 from gradpursuit.files import kept_if_refused, read_json, write_text
-from gradpursuit.gradient_stage import feature_requests
+from gradpursuit.gradient_stage import collected_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.inputs import Inputs
 from gradpursuit.live import telling
@@ -220,7 +220,7 @@ class Run:
         if stage.name == "data" and self.config.data.in_domain:
             value["in_domain"] = True
         if stage.name == "gradients":
-            value["features"] = feature_requests(self.config.selection)
+            value["features"] = collected_requests(self)
         if stage.name == "selection":
             value["format"] = SELECTION_FORMAT
             value["plugins"] = used_distributions(self.config.selection)

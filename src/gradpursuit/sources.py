@@ -39,7 +39,7 @@ class Input:
 
     Attributes:
         path: of the file or folder, or the hub id.
-        kind: how it is read; a file without a known ending is JSON Lines.
+        kind: how it is read; a file without an ending is JSON Lines.
         source: what the configuration says about it.
     """
 
@@ -57,7 +57,8 @@ def expand(sources: Sequence[SourceSection]) -> list[Input]:
     """Every input that the sources name, in order; the matches of a glob by name.
 
     Raises:
-        DataError: a glob matches nothing, a folder is none of `save_to_disk`, or an input is named twice.
+        DataError: a glob matches nothing, a folder is none of `save_to_disk`, a file is of another kind, or an input
+            is named twice.
     """
     found = [made for source in sources for made in _expand(source)]
     places: dict[tuple[str, str], Input] = {}
@@ -94,6 +95,11 @@ def _input(name: str, source: SourceSection) -> Input:
     if is_hub_id(name):
         return Input(name, "hub", source)
     ending = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    if ending and ending.lower() not in _SUFFIXES and path.exists():
+        raise DataError(
+            f"{name}: files that end in '{ending}' are not read, only {', '.join(_SUFFIXES)} (text also as .gz) and "
+            "folders of datasets.save_to_disk; if it is one of these, rename it"
+        )
     return Input(name, _SUFFIXES.get(ending.lower(), "jsonl"), source)
 
 

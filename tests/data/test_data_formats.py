@@ -39,7 +39,7 @@ def write_csv(path: Path, delimiter: str) -> None:
 def write(path: Path) -> None:
     """`ROWS` in the format that the name of `path` tells."""
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    if path.suffix in (".jsonl", ".txt"):
+    if path.suffix == ".jsonl" or path.name == "lines":
         path.write_text(text)
     elif path.suffix == ".gz":
         path.write_bytes(gzip.compress(text.encode()))
@@ -71,7 +71,7 @@ def refused(*sources: Any, **columns: str) -> str:
 
 NAMES = (
     "a.jsonl",
-    "a.txt",
+    "lines",
     "a.jsonl.gz",
     "lines.json",
     "a.json",
@@ -191,7 +191,11 @@ def test_values_that_json_does_not_have(tmp_path: Path) -> None:
         ("a.csv", b"prompt,\nq,a\n", "a.csv:1: the header needs a different name"),
         ("a.csv", b'prompt,completion\nq,"a\n', "a.csv:2: not valid CSV: unexpected end of data"),
         ("a.csv", b"prompt,completion\nq,caf\xe9\n", "not UTF-8"),
-        ("a.csv", b"prompt;completion\nq;a\n", "a.csv:2: columns found: 'prompt;completion'; expected"),
+        ("a.csv", b"prompt;completion\nq;a\n", "one column, 'prompt;completion': the file is separated by ';'"),
+        ("a.csv", b"prompt\tcompletion\nq\ta\n", "not by ','; save it with commas, or with tabs as .tsv"),
+        ("a.tsv", b"prompt,x;completion\nq;a\n", "a.tsv:1: the header is one column"),
+        ("a.txt", b'{"prompt": "q", "completion": "a"}', "a.txt: files that end in '.txt' are not read, only .jsonl,"),
+        ("a.xlsx.gz", b"x", "a.xlsx.gz: files that end in '.xlsx' are not read"),
         ("a.parquet", b"no parquet", "a.parquet: not readable: "),
         ("a.arrow", b"no arrow", "a.arrow: not readable: "),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: not a whole gzip file"),

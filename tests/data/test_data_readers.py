@@ -117,6 +117,8 @@ def test_forms_of_lines(tmp_path: Path, content: bytes) -> None:
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path, pair(), b"\n\n", b"{broken\n")
     assert f"{path}:4: not valid JSON" in refused(path)
+    path = write(tmp_path, pair(), b'{"prompt": "q"\r\n')
+    assert f"{path}:2: not valid JSON: Expecting ',' delimiter at column 15" in refused(path)
 
 
 def test_line_separators_inside_text(tmp_path: Path) -> None:

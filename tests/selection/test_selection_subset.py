@@ -149,6 +149,8 @@ def test_columns_of_the_pool_are_not_overwritten(tmp_path: Path) -> None:
     figures = write_subset(tmp_path, subset, ORIGIN)
     assert figures["columns_left_out"] == ["source"]
     assert "The rows have `source` of their own" in (tmp_path / "README.md").read_text("utf-8")
+    others = Table([*pool(), row("z", **{"duplicate_of": "a"})])
+    assert Subset.of(selection(), others).left_out == ["duplicate_of"], "though no chosen row has such a column"
     refuse_reserved_columns(pool())
     for name in ("weight", "rank", "layer", "repeats"):
         with pytest.raises(SelectionError, match=rf"pool\.jsonl:1: the column '{name}'"):

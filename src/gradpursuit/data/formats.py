@@ -75,7 +75,7 @@ def _json_lines(made: Input) -> Iterator[Numbered]:
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8"))
+                row = json.loads(raw.decode("utf-8").rstrip(" \t\r\n"))  # what a cut line lacks is lacking on that line
             except UnicodeDecodeError as error:
                 raise DataError(f"{path}:{number}: not UTF-8: {error.reason}; save it as UTF-8") from None
             except json.JSONDecodeError as error:
@@ -133,6 +133,11 @@ def _csv(made: Input) -> Iterator[Numbered]:
             header = next(reader, [])
             if len(set(header)) != len(header) or "" in header:
                 raise DataError(f"{path}:1: the header needs a different name for every column; found {header!r:.200}")
+            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+                raise DataError(
+                    f"{path}:1: the header is one column, {header[0]!r:.100}: the file is separated by {other!r}, "
+                    f"not by {reader.dialect.delimiter!r}; save it with commas, or with tabs as .tsv"
+                )
             for values in reader:
                 start, number = number, reader.line_num
                 if not values:

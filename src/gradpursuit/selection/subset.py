@@ -37,6 +37,7 @@ class Subset:
         layers: int64 [k], from 1.
         sources: of each row, the name of its source; a file without its folder, where that is clear.
         duplicate_of: of each row, the id of an earlier row of the pool with the same text, or None.
+        left_out: columns that are not added, as rows of the pool have columns of that name themselves.
     """
 
     rows: Sequence[Row]
@@ -45,6 +46,7 @@ class Subset:
     layers: NDArray[np.int64]
     sources: Sequence[str]
     duplicate_of: Sequence[str | None]
+    left_out: Sequence[str]
 
     @classmethod
     def of(cls, selection: Selection, pool: Table) -> Subset:
@@ -55,12 +57,7 @@ class Subset:
         firsts = _firsts(pool, {row.hash for row in rows})
         copies = [None if firsts[row.hash] == row.id else firsts[row.hash] for row in rows]
         sources = [names[row.source] for row in rows]
-        return cls(rows, selection.weights[order], order + 1, selection.layers[order], sources, copies)
-
-    @property
-    def left_out(self) -> list[str]:
-        """Columns that are not added, as the rows have columns of that name themselves."""
-        return [name for name in GIVING_WAY if any(name in row.columns for row in self.rows)]
+        return cls(rows, selection.weights[order], order + 1, selection.layers[order], sources, copies, _taken(pool))
 
     @property
     def mix(self) -> dict[str, int]:
@@ -75,13 +72,12 @@ class Subset:
 
     def records(self) -> list[dict[str, Any]]:
         """Every row with its id, its columns, and those that are added."""
-        left_out = self.left_out
         added = zip(self.weights, self.ranks, self.layers, self.sources, self.duplicate_of, strict=True)
         records = []
         for row, (weight, rank, layer, source, copy) in zip(self.rows, added, strict=True):
             more: dict[str, Any] = {"weight": float(weight), "rank": int(rank), "layer": int(layer)}
             giving_way = {"source": source, "duplicate_of": copy}
-            more.update((name, value) for name, value in giving_way.items() if name not in left_out)
+            more.update((name, value) for name, value in giving_way.items() if name not in self.left_out)
             records.append({"id": row.id, **row.columns, **more})
         return records
 
@@ -204,6 +200,16 @@ def short_names(sources: Iterable[str]) -> dict[str, str]:
     distinct = set(sources)
     names = Counter(Path(source).name for source in distinct)
     return {source: Path(source).name if names[Path(source).name] == 1 else source for source in distinct}
+
+
+def _taken(pool: Table) -> list[str]:
+    """The columns that would be added, but that a row of the pool has itself."""
+    originals = pool.column("original")
+    return [
+        name
+        for name in GIVING_WAY
+        if any(f'"{name}"' in original and name in json.loads(original) for original in originals)
+    ]
 
 
 def _firsts(pool: Table, hashes: set[str]) -> dict[str, str]:
