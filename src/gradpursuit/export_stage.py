@@ -134,10 +134,10 @@ def _write(
 
 def _origin(run: Run, pool: Table, strategy: str, budget: str) -> Origin:
     from gradpursuit.selection.card import Origin
-    from gradpursuit.selection.subset import short_names
+    from gradpursuit.sources import short_names
 
-    names = short_names(pool.column("source"))
-    counts = Counter(names[source] for source in pool.column("source"))
+    sources = pool.column("source")
+    names = short_names(zip(sources, pool.column("file"), strict=True))
     model = Path(run.config.model.path)
     target = run.config.selection.target
     return Origin(
@@ -145,7 +145,7 @@ def _origin(run: Run, pool: Table, strategy: str, budget: str) -> Origin:
         budget=budget,
         model=model.name if model.exists() else run.config.model.path,
         target=f"the target '{target}'" if target else "the pool itself" if run.in_domain else "its target",
-        pool=dict(counts),
+        pool=Counter(names[source] for source in sources),
         seed=run.config.seed,
     )
 

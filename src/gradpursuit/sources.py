@@ -9,6 +9,7 @@ import fnmatch
 import glob
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,31 @@ def _input(name: str, source: SourceSection) -> Input:
             "folders of datasets.save_to_disk; if it is one of these, rename it"
         )
     return Input(name, _SUFFIXES.get(ending.lower(), "jsonl"), source)
+
+
+def short_names(rows: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Of every source of some rows, in order, the name that people read; no two have the same.
+
+    A source that goes by the path of its file or folder is told by the last parts of it that no other source ends with;
+    what a user called one, and a hub id, stays as it is.
+
+    Args:
+        rows: the source and the file of each.
+    """
+    distinct = set(rows)
+    given = {source for source, file in distinct if source != file or is_hub_id(source)}
+    every = sorted({source for source, _ in distinct})
+    shared = Counter(ending for source in every for ending in _endings(source))
+    return {
+        source: source if source in given else next((end for end in _endings(source) if shared[end] == 1), source)
+        for source in every
+    }
+
+
+def _endings(source: str) -> list[str]:
+    """The last part of a path, the last two, and so on."""
+    parts = Path(source).parts
+    return [str(Path(*parts[-count:])) for count in range(1, len(parts) + 1)]
 
 
 def is_hub_id(name: str) -> bool:

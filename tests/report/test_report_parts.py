@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradpursuit.report import charts
+from gradpursuit.data import Table
+from gradpursuit.report import charts, sections
 from gradpursuit.report.texts import blocks, line
+from gradpursuit.selection import Selection
+from gradpursuit.sources import short_names
+from problems import row
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,28 @@ def test_seeds_lie_within_the_scale() -> None:
     assert (strip["seeds"], strip["mean"], strip["low"], strip["width"]) == ([0, 100], 50, 0, 100)
     (strip,) = charts.loss_strip([{**rows[0], "low": None, "high": None}])
     assert strip["low"] is None
+
+
+def test_sources_are_told_by_names_of_which_no_two_are_the_same() -> None:
+    paths = ("/x/a/data.jsonl", "/x/b/data.jsonl", "/x/b/more.jsonl")
+    assert short_names((path, path) for path in paths) == {
+        "/x/a/data.jsonl": "a/data.jsonl",
+        "/x/b/data.jsonl": "b/data.jsonl",
+        "/x/b/more.jsonl": "more.jsonl",
+    }
+    given = {"en/wiki": "/x/1.jsonl", "de/wiki": "/x/2.jsonl", "../../up/b": "/x/3.jsonl", "org/hub": "org/hub"}
+    assert short_names(given.items()) == {name: name for name in given}
+    assert short_names([("a/data.jsonl", "/x/c.jsonl"), (paths[0], paths[0])])[paths[0]] == "x/a/data.jsonl"
+    assert short_names([(path, path) for path in ("/data.jsonl", "/x/data.jsonl")])["/data.jsonl"] == "/data.jsonl"
+
+
+def test_rows_are_counted_under_their_source() -> None:
+    rows = [row(i, source=f"/x/{'ab'[i % 2]}/data.jsonl") for i in range(5)]
+    pool = Table([replace(made, file=made.source) for made in rows])
+    (found,) = sections.mixes(pool, {"gtp": [Selection.ranked([0, 1, 2])]})
+    assert found["values"] == [
+        {"value": "a/data.jsonl", "pool": 3, "chosen": {"gtp": 2}},
+        {"value": "b/data.jsonl", "pool": 2, "chosen": {"gtp": 1}},
+    ]
+    chosen = sections.chosen_rows(pool, Selection.ranked([1, 0]), "gtp")
+    assert [one["source"] for one in chosen["rows"]] == ["b/data.jsonl", "a/data.jsonl"]

@@ -14,7 +14,7 @@ from gradpursuit.config import rows_of
 from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.errors import SelectionError
 from gradpursuit.selection import Selection
-from gradpursuit.selection.budget import Budget, BudgetRequest, resolve, within_budget
+from gradpursuit.selection.budget import BudgetRequest, resolve, within_budget
 
 SOURCES = ("/data/a/faq.jsonl", "chats", "/data/b/notes.jsonl")
 
@@ -187,10 +187,12 @@ def test_requests_without_a_meaning_are_refused(values: dict[str, object], words
 
 
 def test_files_of_one_name_need_their_folders() -> None:
-    table = Table([row(0, "/a/x.jsonl", 5, 2), row(1, "/b/x.jsonl", 5, 2)])
+    rows = [row(0, "/a/x.jsonl", 5, 2), row(1, "/b/x.jsonl", 5, 2)]
+    table = Table([replace(made, file=made.source) for made in rows])
     made = Selection.ranked([1, 0])
     with pytest.raises(SelectionError, match="2 sources have that name"):
         bought(BudgetRequest(max_per_source={"x.jsonl": 0}), made, table)
-    found = bought(BudgetRequest(max_per_source={"/b/x.jsonl": 0}), made, table)
-    assert found.indices.tolist() == [0]
-    assert str(Budget(3, "tokens", {}, {"/b/x.jsonl": 2})) == "at most 3 tokens; at most 2 rows of x.jsonl"
+    for name in ("/b/x.jsonl", "b/x.jsonl"):
+        request = BudgetRequest(max_per_source={name: 0})
+        assert bought(request, made, table).indices.tolist() == [0]
+        assert str(resolve(request, table, {})) == "the whole selection; at most 0 rows of b/x.jsonl"

@@ -14,6 +14,7 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pursuit import nnls
 from gradpursuit.selection import SelectionProblem
 from gradpursuit.selection_problem import load_problem
+from gradpursuit.sources import short_names
 
 if TYPE_CHECKING:
     from gradpursuit.data import Row
@@ -94,10 +95,15 @@ class Explainer:
         """The target examples that have features; none where the pool is its own target."""
         return list(self._problem.target_rows)
 
+    @cached_property
+    def source_names(self) -> dict[str, str]:
+        """Of the target's sources, as people read them."""
+        return short_names((row.source, row.file) for row in self.target_rows)
+
     @property
     def group_names(self) -> list[str]:
         """The names of the groups: where their examples come from."""
-        return sorted({row.source for row in self.target_rows})
+        return list(self.source_names.values())
 
     def match(self, indices: Ints, other: Explainer | None = None) -> Match:
         """The rows at `indices` (positions in the pool's table, ascending) beside the target, or that of `other`."""

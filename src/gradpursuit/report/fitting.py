@@ -124,8 +124,8 @@ class Fitting:
         for j in np.argsort(along, kind="stable").tolist()[:SHOWN_TARGETS]:
             best = np.argsort(-served[:, j], kind="stable")[:_SERVED].tolist()
             by = [_served(self._pool[int(ids[i])], served[i, j]) for i in best if served[i, j] > 0]
-            row = rows[j]
-            found.append({**described(row), "text": line(row.columns), "cosine": float(along[j]), "by": by})
+            told = described(rows[j], self._explainer.source_names)
+            found.append({**told, "text": line(rows[j].columns), "cosine": float(along[j]), "by": by})
         return {"strategy": self._name, "count": len(rows), "examples": found}
 
     def control(self) -> dict[str, Any]:

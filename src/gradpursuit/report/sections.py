@@ -17,6 +17,7 @@ from gradpursuit.report.absent import AbsentError
 from gradpursuit.report.texts import FIELDS, blocks
 from gradpursuit.selection import Selection
 from gradpursuit.selection.export import copies_chosen
+from gradpursuit.sources import short_names
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -66,7 +67,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 def mixes(pool: Table, selections: Selections) -> list[dict[str, Any]]:
     """Shares of the pool and of every strategy's rows: by source, and by the user's columns that have few values."""
-    found = [_mix("source", [_short(row.source) for row in pool], selections)]
+    names = source_names(pool)
+    found = [_mix("source", [names[source] for source in pool.column("source")], selections)]
     columns = [row.columns for row in pool]
     first = columns[0] if columns else {}
     for name in [name for name, value in first.items() if isinstance(value, str) and name not in FIELDS]:
@@ -76,8 +78,9 @@ def mixes(pool: Table, selections: Selections) -> list[dict[str, Any]]:
     return found
 
 
-def _short(source: str) -> str:
-    return Path(source).name or source
+def source_names(pool: Table) -> dict[str, str]:
+    """Of the pool's sources, as people read them."""
+    return short_names(zip(pool.column("source"), pool.column("file"), strict=True))
 
 
 def _mix(name: str, values: list[str], selections: Selections) -> dict[str, Any]:
@@ -186,10 +189,11 @@ def strategies(pool: Table, selections: Selections) -> list[dict[str, Any]]:
 
 def chosen_rows(pool: Table, selection: Selection, strategy: str) -> dict[str, Any]:
     """The first of the chosen rows with rank, weight, layer and text."""
+    names = source_names(pool)
     rows = [
         {
             "rank": rank + 1,
-            **described(pool[index]),
+            **described(pool[index], names),
             "weight": float(selection.weights[rank]),
             "layer": int(selection.layers[rank]),
             "blocks": blocks(pool[index].columns),
@@ -199,10 +203,10 @@ def chosen_rows(pool: Table, selection: Selection, strategy: str) -> dict[str, A
     return {"strategy": strategy, "chosen": len(selection.indices), "rows": rows}
 
 
-def described(row: Row) -> dict[str, Any]:
-    """Identity and lengths of a row."""
+def described(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
+    """Identity and lengths of a row, with the name of its source."""
     supervised = sum(label != IGNORE for label in row.labels)
-    return {"id": row.id, "source": _short(row.source), "tokens": len(row.input_ids), "supervised": supervised}
+    return {"id": row.id, "source": names[row.source], "tokens": len(row.input_ids), "supervised": supervised}
 
 
 def timings(run: Run) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction as Ratio
 from math import floor
 from pathlib import Path
@@ -17,6 +17,7 @@ from gradpursuit.config import Fraction, Section, Whole, rows_of
 from gradpursuit.data import IGNORE, Table
 from gradpursuit.errors import SelectionError, nearest
 from gradpursuit.selection.base import Selection
+from gradpursuit.sources import short_names
 
 EVERY = "*"  # in bounds: every source that is not named
 KNEE_RULES = {"gain": "the smallest budget on the path that brings 95 % of what the first layer brings"}
@@ -71,6 +72,7 @@ class Budget:
         least: rows of a source, at least.
         most: rows of a source, at most.
         knee: how the limit was found, if it is the knee of a path: strategy, budget, rule, relative_residual.
+        names: of sources, as people read them.
     """
 
     limit: int | None
@@ -78,13 +80,14 @@ class Budget:
     least: Mapping[str, int]
     most: Mapping[str, int]
     knee: Mapping[str, Any] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         limit = "the whole selection" if self.limit is None else f"{self.limit:,} {self.unit}"
         limit = limit if self.unit == "rows" or self.limit is None else f"at most {limit}"
         knee = self.knee and f", the knee of {self.knee['strategy']}: {KNEE_RULES[self.knee['rule']]}"
         bounds = [
-            f"{word} {number:,} rows of {Path(source).name or source}"
+            f"{word} {number:,} rows of {self.names.get(source, source)}"
             for word, numbers in (("at least", self.least), ("at most", self.most))
             for source, number in numbers.items()
         ]
@@ -98,7 +101,8 @@ def resolve(request: BudgetRequest, pool: Table, selections: Mapping[str, Select
         SelectionError: a source is not one of the pool, its minimum is above its maximum, or no strategy has a knee.
     """
     limit, unit, knee = _limit(request, len(pool), selections)
-    sources = sorted(set(pool.column("source")))
+    names = short_names(zip(pool.column("source"), pool.column("file"), strict=True))
+    sources = list(names)
     rows = limit if unit == "rows" else None
     least = {name: rows_of(value, rows or 0) for name, value in _by_source(request.min_per_source, sources).items()}
     most = {
@@ -108,7 +112,7 @@ def resolve(request: BudgetRequest, pool: Table, selections: Mapping[str, Select
     for name, number in least.items():
         if number > most.get(name, number):
             raise SelectionError(f"source '{name}' is to have at least {number} rows and at most {most[name]}")
-    return Budget(limit, unit, {name: number for name, number in least.items() if number}, most, knee)
+    return Budget(limit, unit, {name: number for name, number in least.items() if number}, most, knee, names)
 
 
 def _limit(request: BudgetRequest, rows: int, selections: Mapping[str, Selection]) -> Any:
@@ -128,12 +132,13 @@ def _limit(request: BudgetRequest, rows: int, selections: Mapping[str, Selection
 
 
 def _by_source(bounds: Mapping[str, Any], sources: Sequence[str]) -> dict[str, Any]:
-    """Bounds by the full names of sources; a file may be named without its folder."""
+    """Bounds by the full names of sources; of a path the last parts suffice."""
     found = dict.fromkeys(sources, bounds[EVERY]) if EVERY in bounds else {}
     for name, value in bounds.items():
         if name == EVERY:
             continue
-        meant = [source for source in sources if name in (source, Path(source).name)]
+        parts = Path(name).parts
+        meant = [source for source in sources if source == name or Path(source).parts[-len(parts) :] == parts]
         meant = [source for source in meant if source == name] or meant
         if len(meant) != 1:
             why = "no source of the pool has that name" if not meant else f"{len(meant)} sources have that name"

@@ -18,6 +18,7 @@ from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.errors import SelectionError
 from gradpursuit.files import write_atomic, write_folder
 from gradpursuit.selection.base import Selection
+from gradpursuit.sources import short_names
 
 RESERVED = ("weight", "rank", "layer", "repeats")
 GIVING_WAY = ("source", "duplicate_of")  # columns that many pools have themselves, which then stay as they are
@@ -35,7 +36,7 @@ class Subset:
         weights: float64 [k], mean 1.
         ranks: int64 [k], from 1, the best.
         layers: int64 [k], from 1.
-        sources: of each row, the name of its source; a file without its folder, where that is clear.
+        sources: of each row, the name of its source (:func:`~gradpursuit.sources.short_names`).
         duplicate_of: of each row, the id of an earlier row of the pool with the same text, or None.
         left_out: columns that are not added, as rows of the pool have columns of that name themselves.
     """
@@ -53,7 +54,7 @@ class Subset:
         """The rows of a selection."""
         order = np.argsort(selection.indices, kind="stable")
         rows = [pool[index] for index in selection.indices[order].tolist()]
-        names = short_names(pool.column("source"))
+        names = short_names(zip(pool.column("source"), pool.column("file"), strict=True))
         firsts = _firsts(pool, {row.hash for row in rows})
         copies = [None if firsts[row.hash] == row.id else firsts[row.hash] for row in rows]
         sources = [names[row.source] for row in rows]
@@ -193,13 +194,6 @@ def _repeated(records: Sequence[dict[str, Any]], repeats: NDArray[np.int64]) -> 
         for record, count in zip(records, repeats.tolist(), strict=True):
             if count > turn:
                 yield {**{name: value for name, value in record.items() if name != "weight"}, "repeats": count}
-
-
-def short_names(sources: Iterable[str]) -> dict[str, str]:
-    """Of every source its name; of a file without its folder, unless two files have that name."""
-    distinct = set(sources)
-    names = Counter(Path(source).name for source in distinct)
-    return {source: Path(source).name if names[Path(source).name] == 1 else source for source in distinct}
 
 
 def _taken(pool: Table) -> list[str]:
