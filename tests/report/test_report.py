@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -67,6 +68,7 @@ def test_page_is_self_contained_and_escapes_the_data(page: Path, evil: str) -> N
     assert f"sums{evil}" in words
     assert "pool <b>&.jsonl" in words
     assert "longer than max_tokens" in words
+    assert not re.search(r"\w\)?\.[A-Z“]", words), "a sentence begins without a space before it"
 
 
 def test_residuals_are_those_of_the_pursuit_and_of_scipy(finished: Job, report: dict[str, Any]) -> None:
