@@ -114,7 +114,34 @@ def test_an_unfinished_stage_is_told(damaged: Path) -> None:
     manifest = read_json(damaged / "manifest.json")
     del manifest["stages"]["report"]
     write_json(damaged / "manifest.json", manifest)
-    assert [p for p in problems(damaged) if "stage 'report' is new" in p and "gradpursuit compare" in p]
+    assert [p for p in problems(damaged) if "stage 'report' is new" in p and "gradpursuit report" in p]
+
+
+def test_what_is_outdated_is_no_problem(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def states() -> dict[str, str]:
+        capsys.readouterr()
+        assert main(["status", str(damaged), "--json"]) == 0
+        stages = json.loads(capsys.readouterr().out)["stages"]
+        return {stage["stage"]: stage["state"] for stage in stages if stage["state"] != "complete"}
+
+    strategies = "--selection.strategies"
+    for words in (["select", strategies, "gtp"], ["report"]):
+        assert main([words[0], str(damaged), *words[1:], "--quiet"]) == 0
+    assert states() == {"export": "outdated", "evaluation": "outdated"}, "the report is of the run as it is"
+    assert main(["verify", str(damaged), "--sample", "0"]) == 0
+    out = capsys.readouterr().out
+    assert f"stage 'export' is outdated; run `gradpursuit export {damaged}`" in out
+    assert "what is outdated apart, every file is what was written" in out
+    assert main(["select", str(damaged), strategies, "[gtp, less, random]", "--quiet"]) == 0
+    assert states() == {"export": "outdated", "report": "outdated"}, "their files are gone, or of another selection"
+    assert main(["export", str(damaged), "--quiet"]) == 0
+    found = verify(run_of(damaged), sample=0)
+    assert (found.problems, len(found.outdated)) == ([], 1)
+    assert f"stage 'report' is outdated; run `gradpursuit report {damaged}`" in found.outdated[0]
+    assert main(["report", str(damaged), "--quiet"]) == 0
+    assert states() == {}
+    assert main(["compare", str(damaged), "--quiet"]) == 0
+    assert states() == {}
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

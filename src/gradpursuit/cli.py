@@ -169,11 +169,12 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if arguments.json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        print("\n".join(map(check_line, found.checks)), end="\n" if found.checks else "")
+        print("".join(f"{line}\n" for line in (*map(check_line, found.checks), *found.outdated)), end="")
     if found.problems:
         raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
     if not arguments.json:
-        print(f"{folder}: every file is what was written, no row is missing")
+        apart = "what is outdated apart, " if found.outdated else ""
+        print(f"{folder}: {apart}every file is what was written, no row is missing")
 
 
 def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:

@@ -76,11 +76,30 @@ class Manifest:
         """The fingerprint that `stage` was run with."""
         return str(self.read()["stages"][stage]["fingerprint"])
 
-    def begin(self, stage: str, fingerprint: str, seed: int, plan: dict[str, Any] | None = None) -> None:
-        """Record that `stage` runs now, here, with these versions, and what it is going to write."""
+    def finished(self) -> dict[str, str]:
+        """The fingerprint that every finished stage was run with."""
+        found = self.read()["stages"].items()
+        return {name: entry.get("fingerprint", "") for name, entry in found if entry.get("state") == "complete"}
+
+    def begin(
+        self,
+        stage: str,
+        fingerprint: str,
+        seed: int,
+        plan: dict[str, Any] | None = None,
+        emptied: Sequence[Path] = (),
+    ) -> None:
+        """Record that `stage` runs now, here, with these versions, and what it is going to write.
+
+        Other stages that had files in the `emptied` folders are outdated from now on.
+        """
         value = self.read()
         value.update(gradpursuit=__version__, seed=seed, packages=_versions(), machine=_machine())
         value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now(), "plan": plan or {}}
+        lost = tuple(f"{folder.relative_to(self._path.parent).as_posix()}/" for folder in emptied)
+        for entry in value["stages"].values():
+            if any(name.startswith(lost) for name in entry.get("outputs", {})):
+                entry.update(fingerprint="", outputs={}, sizes={})
         write_json(self._path, value)
 
     def complete(self, stage: str, seconds: float, detail: dict[str, Any], outputs: Sequence[Path]) -> None:

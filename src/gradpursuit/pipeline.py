@@ -128,9 +128,8 @@ class Run:
         with self.working("report"):
             start, fingerprint = time.monotonic(), self.fingerprint("report")
             files = write_report(self, full=full)
-            if self.missing("evaluation") is None:  # with all that it can hold, it is the stage of the run
-                self.manifest.begin("report", fingerprint, self.config.seed)
-                self.manifest.complete("report", time.monotonic() - start, {}, files)
+            self.manifest.begin("report", fingerprint, self.config.seed)
+            self.manifest.complete("report", time.monotonic() - start, {}, files)
         return files
 
     def written(self, first: str, upto: str) -> list[Path]:
@@ -157,7 +156,7 @@ class Run:
         return "damaged" if state == "complete" and stage.intact and not stage.intact(self, quick) else state
 
     def _run_stage(self, stage: Stage, fingerprint: str, state: State) -> None:
-        if state in ("outdated", "damaged"):
+        if state == "damaged" or (state == "outdated" and stage.name != "report"):  # each report is of its moment
             reason = "settings or inputs have" if state == "outdated" else "a file of it is missing or has"
             mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
             logger.warning("%s: %s changed, %s", stage.name, reason, mend)
@@ -168,9 +167,11 @@ class Run:
         new = config.is_file() and not self.manifest.has_finished(stage.name)  # what it does now shows how far it got
         # What goes on with its outputs changes them before it can refuse: its journal, its plan.
         changed = [manifest, *(self._outputs(stage) if stage.keep == "always" else [])]
-        with kept_if_refused([config, *([] if new else changed)], self._paths(stage.owns) if anew else []):
+        emptied = self._paths(stage.owns) if anew else []
+        with kept_if_refused([config, *([] if new else changed)], emptied):
             write_text(config, self.config.dump())
-            self.manifest.begin(stage.name, fingerprint, self.config.seed, stage.plan(self) if stage.plan else None)
+            plan = stage.plan(self) if stage.plan else None
+            self.manifest.begin(stage.name, fingerprint, self.config.seed, plan, emptied)
             start = time.monotonic()
             detail = self._work(stage)
             self.manifest.complete(stage.name, time.monotonic() - start, detail, self._outputs(stage))
@@ -227,6 +228,8 @@ class Run:
             value["target"] = self.target.fingerprint() if self.target else None
         if stage.name == "evaluation":
             value["targets"] = targets_fingerprint(self)
+        if stage.name == "report":  # it is of the run as it is, whatever is missing there
+            value["made"] = {name: made for name, made in self.manifest.finished().items() if name != "report"}
         return digest_of(value)
 
     @cached_property

@@ -261,5 +261,5 @@ STAGES = (
     Stage(
         "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
     ),
-    Stage("report", "compare", (), ("report.html", "report.json"), (), _report),
+    Stage("report", "report", (), ("report.html", "report.json"), (), _report),
 )

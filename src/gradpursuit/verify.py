@@ -44,10 +44,15 @@ class StoreCheck:
 
 @dataclass(frozen=True)
 class Verification:
-    """Everything that is wrong, one line each, and the rows that were computed again."""
+    """Everything that is wrong, one line each, and the rows that were computed again.
+
+    `outdated` is what was made with other settings or inputs, or of what is outdated itself: nothing is wrong with it,
+    but it does not belong to the run as it is configured.
+    """
 
     problems: list[str]
     checks: list[StoreCheck]
+    outdated: list[str]
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values; `lost` is null where a row could not be computed again."""
@@ -61,7 +66,8 @@ class Verification:
 def verify(run: Run, sample: int = 8) -> Verification:
     """Check every sha256 of a run, find missing rows, and compute `sample` rows of every split again, one by one.
 
-    Nothing is written. What is damaged is not computed again, nor is anything when data or trajectory are.
+    Nothing is written. What is damaged is not computed again, nor is anything when data or trajectory are. Of what is
+    outdated nothing is checked.
 
     Raises:
         ConfigError: `sample` is negative.
@@ -69,11 +75,12 @@ def verify(run: Run, sample: int = 8) -> Verification:
     """
     if sample < 0:
         raise ConfigError(f"--sample {sample}: the number of rows to compute again cannot be negative")
-    found = {stage.name: list(_stage_problems(run, stage)) for stage in STAGES}
-    problems = [problem for lines in found.values() for problem in lines]
+    found = {stage.name: _look_at(run, stage) for stage in STAGES}
+    problems = [problem for lines, _ in found.values() for problem in lines]
+    outdated = [line for _, lines in found.values() for line in lines]
     sound: list[Split] = []
-    if not found["data"] and not found["trajectory"]:
-        for split, again in _splits(run, problems):
+    if not any((*found["data"], *found["trajectory"], found["gradients"][1])):
+        for split, again in _splits(run, problems, outdated):
             damaged = store_problems(run, split)
             problems += [f"{problem}; run `{again}`" for problem in damaged]
             if split.kinds and not damaged:
@@ -87,28 +94,29 @@ def verify(run: Run, sample: int = 8) -> Verification:
                 f"differently: 1 - cos = {check.worst.lost:.1e}, allowed {allowed + STORED[check.dtype]:.1e}; "
                 "collect the gradients again"
             )
-    return Verification(list(dict.fromkeys(problems)), checks)
+    return Verification(list(dict.fromkeys(problems)), checks, outdated)
 
 
-def _stage_problems(run: Run, stage: Stage) -> Iterator[str]:
-    """Whether a stage is complete for the run as it is configured, and files of it that changed."""
+def _look_at(run: Run, stage: Stage) -> tuple[list[str], list[str]]:
+    """What is wrong with a stage or its files, and whether it is outdated; neither if it is complete and whole."""
     try:
         state = run.manifest.state(stage.name, run.fingerprint(stage.name))
     except GradPursuitError as error:
-        yield str(error)
-        return
+        return [str(error)], []
+    again = f"run `gradpursuit {stage.verb} {run.folder}`"
     if state == "damaged":
-        for name in run.manifest.changed(stage.name):
-            path, again = run.folder / name, f"gradpursuit {stage.verb} {run.folder}"
-            yield f"{path}: missing, or not what '{stage.name}' wrote; run `{again}`"
-    elif state != "complete":
-        yield f"{run.folder}: stage '{stage.name}' is {state}; run `gradpursuit {stage.verb} {run.folder}`"
+        changed = [run.folder / name for name in run.manifest.changed(stage.name)]
+        return [f"{path}: missing, or not what '{stage.name}' wrote; {again}" for path in changed], []
+    if state == "complete":
+        return [], []
+    told = [f"{run.folder}: stage '{stage.name}' is {state}; {again}"]
+    return ([], told) if state == "outdated" else (told, [])
 
 
-def _splits(run: Run, problems: list[str]) -> Iterator[tuple[Split, str]]:
+def _splits(run: Run, problems: list[str], outdated: list[str]) -> Iterator[tuple[Split, str]]:
     """The run's own target and pool, and the targets that were added, each with the command that mends it.
 
-    What is wrong with added targets goes to `problems`.
+    What is wrong with added targets goes to `problems`, or to `outdated`.
     """
     from gradpursuit.data import Table
 
@@ -116,7 +124,7 @@ def _splits(run: Run, problems: list[str]) -> Iterator[tuple[Split, str]]:
     for target in targets(run):
         try:
             if trouble := target.trouble():
-                problems.append(f"target '{target.name}' {trouble}")
+                (outdated if target.state() == "outdated" else problems).append(f"target '{target.name}' {trouble}")
                 continue
             table = Table.read(target.folder / "data" / "target.parquet")
         except GradPursuitError as error:

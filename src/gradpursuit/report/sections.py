@@ -237,6 +237,6 @@ def provenance(run: Run) -> dict[str, Any]:
         "compute": stages.get("trajectory", {}).get("detail", {}).get("compute"),
         "checkpoints": stages.get("trajectory", {}).get("detail", {}).get("checkpoints", []),
         "inputs": {path: digest for hashes in inputs.values() for path, digest in hashes.items()},
-        "stages": {name: entry["fingerprint"] for name, entry in stages.items() if "fingerprint" in entry},
+        "stages": {name: entry["fingerprint"] for name, entry in stages.items() if entry.get("fingerprint")},
         "selections": {name: digest for name, digest in outputs.items() if name.endswith((".parquet", ".jsonl"))},
     }
