@@ -10,7 +10,9 @@ from gradpursuit.evaluation.statistics import effect
 def test_an_effect_of_equal_values_has_no_width() -> None:
     found = effect(np.full((5, 3), 0.25))
     assert (found.mean, found.low, found.high, found.detectable) == (0.25, 0.25, 0.25, 0)
-    assert (found.positive, found.pairs) == (15, 15)
+    assert (found.positive, found.ties, found.pairs) == (15, 0, 15)
+    found = effect(np.array([[0.0, 0.0], [1.0, -1.0]]))
+    assert (found.positive, found.ties, found.pairs) == (1, 2, 4)
 
 
 def test_one_pair_has_no_interval() -> None:

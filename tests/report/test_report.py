@@ -277,7 +277,7 @@ def test_findings_tell_what_to_doubt(report: dict[str, Any]) -> None:
         "explain only 5 % of the target’s gradient",
         "explain another target, other, as well as their own",
         "are longer than the pool’s",
-        "8 rows count like 2.0",
+        "8 rows are 2.0 effective ones",
         "30 of 70 rows of the pool were dropped (43 %)",
     ):
         assert [text for text in warnings if words in text], words
@@ -288,10 +288,13 @@ def test_findings_tell_what_to_doubt(report: dict[str, Any]) -> None:
         for name, (low, high) in values.items()
     ]
     texts = {(finding["kind"], finding["text"]) for finding in findings(worse)}
-    assert ("good", "gtp against better (own): held-out loss lower by 0.200 (95 % interval 0.100 to 0.300).") in texts
+    assert (
+        "good",
+        "gtp against better (the run’s own target): held-out loss lower by 0.200 (95 % interval 0.100 to 0.300).",
+    ) in texts
     assert (
         "warning",
-        "gtp against worse (own): held-out loss higher by 0.200 (95 % interval 0.100 to 0.300).",
+        "gtp against worse (the run’s own target): held-out loss higher by 0.200 (95 % interval 0.100 to 0.300).",
     ) in texts
     assert any(kind == "note" and "a difference of 0.250 would have shown" in text for kind, text in texts)
 
@@ -322,3 +325,31 @@ def test_terminal_tables_show_every_seed_and_the_total() -> None:
     for figure in ("random-matched", "1.000", "2.000", "3.000", "5.000", "1.500", "4.000", "8.000", "3.2"):
         assert figure in text
     assert "…" not in text, "80 columns are enough"
+
+
+def test_the_page_says_what_figures_mean(report: dict[str, Any]) -> None:
+    told = json.loads(json.dumps(report))
+    for name, found in told["lengths"].items():
+        found["chosen"]["gtp"] |= {"shifted": name == "tokens", "median": found["pool"]["median"] * 2}
+    first = told["comparison"]["differences"][0]
+    values = {
+        "difference": -0.0004,
+        "low": -0.25,
+        "high": 0.1,
+        "detectable": 0.3,
+        "positive": 7,
+        "ties": 80,
+        "pairs": 96,
+    }
+    same = {**dict.fromkeys(("difference", "low", "high", "detectable"), 0.0), "positive": 0, "ties": 16, "pairs": 16}
+    told["comparison"]["differences"] = [{**first, **values}, {**first, **same}]
+    told["mixes"][1]["values"][0]["value"] = ""
+    told["timings"][0]["outdated"] = True
+    words = " ".join(" ".join(Page(render(told)).words).split())
+    assert "costs more than on as many rows of the pool" in words
+    assert "the length of an answer" not in words, "the supervised tokens are not shifted"
+    assert "0.000 −0.250 to +0.100 0.300 7 of 96 80 the same" in words
+    assert "the same – – –" in words
+    assert "(none)" in words
+    assert "data, outdated" in words
+    assert words.count("top of a ranking") == words.count("a draw") == 1, "less and random"

@@ -25,6 +25,7 @@ class Effect:
             zero at the 5 % level: (t₀.₉₇₅ + t₀.₈₀) standard errors, 2.80 where units and seeds are many.
         positive: pairs above zero.
         pairs: how many there are.
+        ties: pairs at zero; None in what was kept by versions that did not count them.
     """
 
     mean: float
@@ -33,6 +34,7 @@ class Effect:
     detectable: float
     positive: int
     pairs: int
+    ties: int | None = None
 
 
 def effect(values: NDArray[np.float64], seed: int = 0) -> Effect:
@@ -52,10 +54,10 @@ def effect(values: NDArray[np.float64], seed: int = 0) -> Effect:
         values: [units, seeds].
         seed: of the resampling.
     """
-    mean, positive = float(values.mean()), int((values > 0).sum())
+    mean, counts = float(values.mean()), (int((values > 0).sum()), values.size, int((values == 0).sum()))
     several = [values.mean(axis=axis) - mean for axis in (1, 0) if values.shape[1 - axis] > 1]
     if not several:
-        return Effect(mean, np.nan, np.nan, np.nan, positive, values.size)
+        return Effect(mean, np.nan, np.nan, np.nan, *counts)
     rng = np.random.default_rng(seed)
     deviations = np.sum([_resampled(means, rng) for means in several], axis=0)
     variances = np.array([means @ means / (len(means) - 1) / len(means) for means in several])
@@ -65,7 +67,7 @@ def effect(values: NDArray[np.float64], seed: int = 0) -> Effect:
     upper = float(t.ppf((1 + CONFIDENCE) / 2))
     ends = np.quantile(deviations, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     low, high = (mean + ends * upper / stats.norm.ppf((1 + CONFIDENCE) / 2)).tolist()
-    return Effect(mean, low, high, (upper + float(t.ppf(POWER))) * total**0.5, positive, values.size)
+    return Effect(mean, low, high, (upper + float(t.ppf(POWER))) * total**0.5, *counts)
 
 
 def _resampled(means: NDArray[np.float64], rng: np.random.Generator) -> NDArray[np.float64]:

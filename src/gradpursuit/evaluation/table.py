@@ -45,12 +45,12 @@ def cells_csv(findings: Findings) -> str:
 def differences_csv(differences: Sequence[Difference]) -> str:
     """Every paired difference, one a line."""
     head = ["target", "protocol", "metric", "reference", "reference_budget", "other", "other_budget"]
-    effects = ["difference", "low", "high", "detectable", "positive", "pairs"]
+    effects = ["difference", "low", "high", "detectable", "positive", "ties", "pairs"]
     rows = []
     for found in differences:
         values = found.effect
         numbers = [f"{value:.6f}" for value in (values.mean, values.low, values.high, values.detectable)]
-        rows.append([*(getattr(found, name) for name in head), *numbers, values.positive, values.pairs])
+        rows.append([*(getattr(found, name) for name in head), *numbers, values.positive, values.ties, values.pairs])
     return _csv([*head, *effects], rows)
 
 
@@ -135,7 +135,7 @@ def _markdown_difference(found: Difference) -> str:
         named(found.other, found.other_budget),
         _interval(found.effect),
         f"{found.effect.detectable:.3f}",
-        f"{found.effect.positive}/{found.effect.pairs}",
+        f"{found.effect.positive}/{found.effect.pairs}" + (f", {found.effect.ties} ties" if found.effect.ties else ""),
     ]
     return "| " + " | ".join(cells) + " |"
 

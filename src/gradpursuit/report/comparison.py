@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
 
 _TEXT = ("target", "protocol", "metric", "reference", "other")
-_WHOLE = ("reference_budget", "other_budget", "positive", "pairs")
+_WHOLE = ("reference_budget", "other_budget", "positive", "ties", "pairs")
 
 
 def comparison(run: Run) -> dict[str, Any]:
@@ -68,9 +68,10 @@ def _row(line: Line, lines: Sequence[Line]) -> dict[str, Any]:
 
 
 def _differences(run: Run) -> list[dict[str, Any]]:
-    """`differences.csv`; what is not a number is null."""
+    """`differences.csv`; what is not a number is null, as are ties where earlier versions did not count them."""
     with (run.folder / "evaluation" / "differences.csv").open(encoding="utf-8", newline="") as file:
-        return [{name: _value(name, text) for name, text in row.items()} for row in csv.DictReader(file)]
+        rows = csv.DictReader(file)
+        return [{"ties": None, **{name: _value(name, text) for name, text in row.items()}} for row in rows]
 
 
 def _value(name: str, text: str) -> str | int | float | None:

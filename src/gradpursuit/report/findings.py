@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from gradpursuit.config import OWN
+from gradpursuit.evaluation.compare import BASE, FULL
 from gradpursuit.evaluation.findings import ALL
+from gradpursuit.report.texts import figure
 
 _FAITHFUL = 0.1  # a share of the target’s gradient below which the pool says little about it
 _DROPPED = 0.1  # a share of dropped rows worth a word
 _KNEE = 0.7  # a knee at most here, as a share of the budget, is worth a word
 _UNEVEN = 0.5  # effective rows below this share of the rows
 _FEW_SEEDS = 3
+_IN_WORDS = {BASE: "the model before fine-tuning", FULL: "the whole pool", OWN: "the run’s own target"}
 
 Report = Mapping[str, Any]
 
@@ -76,7 +80,7 @@ def _lengths(report: Report) -> Found:
             yield (
                 "warning",
                 f"The chosen rows are {way} than the pool’s: median {chosen['median']:g} {name}, "
-                f"{found['pool']['median']:g} in the pool (Kolmogorov–Smirnov p = {chosen['p']:.1g}).",
+                f"{found['pool']['median']:g} in the pool (Kolmogorov–Smirnov p = {chosen['p']:.2g}).",
             )
 
 
@@ -85,7 +89,8 @@ def _weights(report: Report) -> Found:
     if weights and weights["effective"] < _UNEVEN * weights["examples"]:
         yield (
             "warning",
-            f"A few rows carry most of the weight: {weights['examples']} rows count like {weights['effective']:.1f}.",
+            f"A few rows carry most of the weight: {weights['examples']} rows are {weights['effective']:.1f} effective "
+            "ones.",
         )
 
 
@@ -134,7 +139,8 @@ def _comparison(report: Report) -> Found:
     if not comparison:
         return
     for found in _telling(comparison["differences"]):
-        named = f"{found['reference']} against {found['other']}" + (f" ({found['target']})" if found["target"] else "")
+        other, target = _IN_WORDS.get(found["other"], found["other"]), _IN_WORDS.get(found["target"], found["target"])
+        named = f"{found['reference']} against {other}" + (f" ({target})" if target else "")
         if found["low"] > 0:
             yield "good", f"{named}: held-out loss lower by {_interval(found)}."
         elif found["high"] < 0:
@@ -159,7 +165,7 @@ def _telling(differences: Sequence[Mapping[str, Any]]) -> Iterator[Mapping[str, 
 
 def _interval(found: Mapping[str, Any], sign: int = 1) -> str:
     low, high = sorted((sign * found["low"], sign * found["high"]))
-    return f"{sign * found['difference']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+    return f"{figure(sign * found['difference'])} (95 % interval {figure(low)} to {figure(high)})"
 
 
 def _percent(share: float) -> str:

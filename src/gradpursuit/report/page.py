@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from gradpursuit.report import charts
 from gradpursuit.report.terminal import duration, size
+from gradpursuit.report.texts import figure
 
 _FOLDER = "page"
 
@@ -46,7 +47,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    made.filters |= {"duration": duration, "size": size, "yaml": _yaml, "percent": _percent}
+    made.filters |= {"duration": duration, "size": size, "yaml": _yaml, "percent": _percent, "figure": figure}
     made.tests["given"] = lambda part: not (isinstance(part, Mapping) and "missing" in part)
     return made
 

@@ -171,8 +171,9 @@ def budgets(selection: Selection, strategy: str) -> dict[str, Any]:
     }
 
 
-def strategies(pool: Table, selections: Selections) -> list[dict[str, Any]]:
-    """One line for each: how many rows, how many count, copies, layers; on a cluster what was moved, by pass."""
+def strategies(run: Run, pool: Table, selections: Selections) -> list[dict[str, Any]]:
+    """One line for each: rows, effective rows, copies, rows by layer; on a cluster what was moved, by pass."""
+    random = {strategy.name: strategy.stochastic for strategy in run.strategies()}
     return [
         {
             "strategy": name,
@@ -180,6 +181,7 @@ def strategies(pool: Table, selections: Selections) -> list[dict[str, Any]]:
             "effective": weights(draws[0])["effective"],
             "copies": copies_chosen(draws[0], pool),
             "layers": [int((draws[0].layers == n).sum()) for n in range(1, int(draws[0].layers.max()) + 1)],
+            "random": random[name],
             "stop_reason": list(dict.fromkeys(draws[0].evidence.get("stop_reason", []))),
             **{part: draws[0].evidence[part] for part in ("traffic", "two_level") if part in draws[0].evidence},
         }
@@ -210,12 +212,13 @@ def described(row: Row, names: Mapping[str, str]) -> dict[str, Any]:
 
 
 def timings(run: Run) -> list[dict[str, Any]]:
-    """Seconds, and when it was begun, of every finished stage."""
+    """Seconds, and when it was begun, of every finished stage, and whether it is outdated."""
     return [
         {
             "stage": name,
             "seconds": entry["seconds"],
             "started": entry.get("started"),
+            "outdated": name != "report" and entry.get("fingerprint") != run.fingerprint(name),
             "parts": entry["detail"].get("seconds", {}),
         }
         for name, entry in run.manifest.read()["stages"].items()

@@ -35,6 +35,12 @@ def line(columns: Mapping[str, Any], limit: int = 160) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
+def figure(value: float, *, places: int = 3, signed: bool = False) -> str:
+    """A number with a true minus sign, if it is not zero as it is shown."""
+    text = f"{value:{'+' if signed else ''}.{places}f}"
+    return (text if float(text) else text.lstrip("+-")).replace("-", "−")
+
+
 def _pieces(columns: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name in _CONVERSATIONS:
         if isinstance(columns.get(name), Sequence) and not isinstance(columns[name], str):

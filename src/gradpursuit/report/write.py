@@ -85,7 +85,7 @@ def _about_selection(run: Run, full: bool) -> Parts:
     pool, selections = run.table("pool"), run.selections()
     primary = next((name for name, draws in selections.items() if "path" in draws[0].evidence), next(iter(selections)))
     parts: Parts = {
-        "strategies": partial(sections.strategies, pool, selections),
+        "strategies": partial(sections.strategies, run, pool, selections),
         "mixes": partial(sections.mixes, pool, selections),
         "lengths": partial(sections.lengths, pool, selections),
         "weights": lambda: {"strategy": primary, **sections.weights(selections[primary][0])},
