@@ -133,9 +133,11 @@ def _cores() -> int | None:
 def _sigterm_kept() -> Iterator[None]:
     """Ray puts a handler of its own into its driver, which ends it where it stands."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _token_note(engine: EngineSection) -> str:
