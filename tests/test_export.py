@@ -138,6 +138,7 @@ def test_tokens_sources_repeats_and_the_folder(
         (["--fraction", "0.9"], "the budget is 46 rows, but the selection holds only 16"),
         (["--tokens", "1"], "its best row alone has"),
         (["--k", "4", "--tokens", "9"], "k and tokens are given together: give one of them"),
+        (["--k", "4", "--count", "total"], "count says which tokens a budget of tokens counts: give tokens too"),
         (["--fraction", "1.5"], "'export.fraction' = 1.5"),
         (["--max-per-source", "sum=3"], "source 'sum': no source of the pool has that name; did you mean 'sums'?"),
         (["--k", "4", "--repeats", "3"], "a repeats file of 3 rows cannot hold the 4 chosen ones"),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit import __version__
-from gradpursuit.console import at_work, console, quiet_libraries
+from gradpursuit.console import at_work, console, ended_as_by_ctrl_c, quiet_libraries
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.export_verb import add_export_flags, asks_for_budget, export_with_budget
 
@@ -36,11 +36,11 @@ SHORT = {"--engine": "--engine.name", "--address": "--engine.address"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code: 0, 2 for bad input, 130 when interrupted."""
+    """Run one verb; returns the exit code: 0, 2 for bad input, 130 when interrupted or asked to end (SIGTERM)."""
     arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
     logging.getLogger("gradpursuit").setLevel(logging.DEBUG)
     try:
-        with console(quiet=arguments.quiet):
+        with ended_as_by_ctrl_c(), console(quiet=arguments.quiet):
             arguments.verb(arguments, overrides)
     except GradPursuitError as error:
         print(f"gradpursuit: error: {error}", file=sys.stderr)
@@ -366,6 +366,8 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             overrides.append(f"{word[2:]}={rest.pop(0)}")
         else:
             raise ConfigError(f"flag '{word}' has no value: write {word} VALUE")
+    if "engine.name=local" in overrides:
+        overrides.insert(0, "engine.address=null")  # of a cluster that a run was on before
     return words, overrides
 
 

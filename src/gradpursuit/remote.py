@@ -89,6 +89,24 @@ def without_secrets(message: str) -> str:
     return message
 
 
+def require_reached(folder: Path) -> None:
+    """See that a folder to write to is there, or can be made.
+
+    Raises:
+        RunError: it cannot.
+    """
+    if is_remote(folder):
+        with reaching(folder):
+            folder.exists()
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: this folder cannot be made: {error.strerror or error}; choose another one") from None
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"{folder}: this folder cannot be written; choose another one")
+
+
 class RemoteBytes:
     """The bytes of a remote file, of which only the first and the slices asked for are fetched.
 

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.errors import ConfigError
-from gradpursuit.remote import place
+from gradpursuit.remote import place, require_reached
 
 if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
@@ -48,12 +48,14 @@ def check_engine(config: RunConfig) -> None:
             )
 
 
-def check_cluster(config: RunConfig) -> None:
-    """Refuse to begin hours of work for a cluster that is not there.
+def check_reach(config: RunConfig) -> None:
+    """Refuse to begin hours of work for a cluster that is not there, or a place that cannot be written.
 
     Raises:
-        RunError: nobody listens at its address.
+        RunError: no Ray listens at its address; or the place of the features cannot be reached or made.
     """
+    if config.gradients.store:
+        require_reached(place(config.gradients.store))
     if config.engine.address:
         from gradpursuit.cluster import require_listening
 

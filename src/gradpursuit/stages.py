@@ -24,7 +24,7 @@ from gradpursuit.gradient_stage import (
 )
 from gradpursuit.remote import is_remote
 from gradpursuit.selection_problem import choosable, opened_problem
-from gradpursuit.spread import check_cluster
+from gradpursuit.spread import check_reach
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -78,8 +78,8 @@ def _data(run: Run) -> dict[str, Any]:
 
 
 def _check_inputs(run: Run) -> None:
-    """The files to clean must be there, even if it is known what was in them; and the cluster, for what follows."""
-    check_cluster(run.config)
+    """The files to clean must be there, even if what was in them is known; and cluster and store, for what follows."""
+    check_reach(run.config)
     if note := run.inputs.note("data"):
         raise DataError(
             f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
@@ -88,11 +88,11 @@ def _check_inputs(run: Run) -> None:
 
 
 def _check_trajectory(run: Run) -> None:
-    """There must be a step for every checkpoint; a trajectory that was given, and the cluster, must be there."""
+    """There must be a step for every checkpoint; a trajectory that was given, cluster and store must be there."""
     from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
-    check_cluster(run.config)
+    check_reach(run.config)
     if run.config.warmup.trajectory:
         checkpoint_folders(run.config.warmup.trajectory)
     else:
@@ -133,6 +133,7 @@ def _check_collecting(run: Run) -> None:
     from gradpursuit.store import StoreSpec
     from gradpursuit.trajectory.optimizer_files import NoMomentsError
 
+    check_reach(run.config)
     checkpoints = read_run_trajectory(run)
     reasons = [checkpoint.no_moments for checkpoint in checkpoints if checkpoint.no_moments]
     if reasons and (names := _on_moments(run)):
@@ -152,7 +153,8 @@ def _check_collecting(run: Run) -> None:
 
 
 def _check_budget(run: Run) -> None:
-    """The rows that can be chosen must suffice."""
+    """The rows that can be chosen must suffice; and the cluster be there."""
+    check_reach(run.config)
     pool, candidates = run.table("pool"), choosable(run)
     k = run.budget(pool)
     if k > len(candidates):

@@ -57,8 +57,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     """Set `section.key=value` in `tree`; the value is read as YAML, so 5, true and [a, b] mean what they say."""
     key, equals, text = override.partition("=")
-    if not equals:
-        raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE")
+    if not equals or not text.strip():
+        raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE, or null for none")
     *sections, name = key.split(".")
     for section in sections:
         if tree.get(section) is None:

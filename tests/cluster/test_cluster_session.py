@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import socket
+import socketserver
 import subprocess
 import sys
+import threading
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from gradpursuit.cli import main
@@ -15,6 +19,7 @@ from gradpursuit.cluster import connected
 from gradpursuit.cluster.errors import reason_of
 from gradpursuit.config import EngineSection, build_config
 from gradpursuit.errors import ConfigError
+from gradpursuit.opening import read_config
 from gradpursuit.remote import place, without_secrets
 from jobs import Job
 
@@ -54,6 +59,15 @@ def test_an_address_where_no_cluster_is_is_told_before_any_work(job: Job, capsys
     assert main(["run", str(job.path), "--engine", "ray", "--address", address]) == 2
     assert f"no Ray cluster can be reached at {address}: Connection refused; look at `ray" in capsys.readouterr().err
     assert not (job.run_dir / "data").exists()
+    with socketserver.TCPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{other.server_address[1]}"
+        assert main(["run", str(job.path), "--engine", "ray", "--address", address]) == 2
+        other.shutdown()
+    told = capsys.readouterr().err
+    assert f"{address}: something else than Ray listens there; look at" in told
+    assert "or give --address null to start one on this machine" in told
+    assert not (job.run_dir / "data").exists()
     for address in ("nonsense", "local", "ray://head:10001", "head:99999"):
         with pytest.raises(ValidationError, match="expected host:port of the cluster's head"):
             EngineSection(name="ray", address=address)
@@ -73,6 +87,11 @@ def test_without_ray_the_message_says_what_to_install(
 def test_settings_that_do_not_fit_are_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
     for flags, words in (
         (["--address", "127.0.0.1:6379"], "address is given, but name is 'local'"),
+        (
+            ["--engine", "ray", "--address", ""],
+            "flag '--engine.address' has no value: write --engine.address VALUE, or",
+        ),
+        (["--engine", "ray", "--gradients.store", "/proc/nope"], "/proc/nope: this folder cannot be made"),
         (["--engine", "dask"], "--engine.name: 'engine.name' = 'dask'"),
         (["--pursuit.parts", "3"], "strategy 'gtp': parts is 3, but"),
         (["--selection.options", "{gtp: {parts: 3}}"], "strategy 'gtp': parts is 3, but"),
@@ -118,6 +137,38 @@ def test_of_a_lost_worker_the_reason_is_told() -> None:
     assert reason_of(RuntimeError(f"{died}{why}\n\tmore")) == why
     assert reason_of(RuntimeError("Failed to connect.\nTraceback\n  File")) == "Failed to connect."
     assert reason_of(RuntimeError()) == "RuntimeError"
+    assert reason_of(RuntimeError(f"It died. There are some potential root causes. {'x' * 300}")) == ("It died.")
+
+
+def test_a_cluster_of_before_is_left_with_one_word(job: Job) -> None:
+    tree = yaml.safe_load(job.path.read_text())
+    job.path.write_text(yaml.safe_dump({**tree, "engine": {"name": "ray", "address": "127.0.0.1:1"}}))
+    assert main(["warmup", str(job.path), "--engine", "local"]) == 0
+    assert read_config(job.run_dir / "config.yaml", []).engine == EngineSection()
+
+
+SIGNALLED = """
+import os, signal, sys, time
+from gradpursuit import cli
+from gradpursuit.cluster import connected
+from gradpursuit.config import EngineSection
+
+def verb(arguments, overrides):
+    with connected(EngineSection(name="ray", workers=1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+cli.status = verb
+sys.exit(cli.main(["status", "x"]))
+"""
+
+
+def test_a_driver_that_is_asked_to_end_says_so_and_leaves_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        130,
+        "gradpursuit: interrupted; the same command goes on where it stopped",
+    )
 
 
 def test_places_that_nothing_reaches_are_told() -> None:

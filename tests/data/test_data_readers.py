@@ -161,6 +161,10 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b'{"prompt": [], "completion": []}', "'prompt': expected a list of"),
         (b'{"messages": "hi"}', "'messages': expected a list of"),
         (b'{"messages": []}', "'messages': expected a list of"),
+        (
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}',
+            "'messages'[0]: expected 'role' and a text 'content'",
+        ),
         (b'{"messages": ["hi"]}', "'messages'[0]: expected 'role' and a text 'content', found 'hi'"),
         (b'{"messages": [{"role": "user"}]}', "'messages'[0]: expected 'role' and a text 'content'"),
         (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "'messages'[0]: expected 'role' and"),

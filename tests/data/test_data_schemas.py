@@ -33,6 +33,7 @@ def refused(columns: dict[str, Any], **renamed: str) -> str:
         ("messages", {"messages": json.dumps(QA)}),
         ("messages", {"messages": list(QA), "prompt": None, "text": "other"}),
         ("prompt/completion", {"prompt": "q", "completion": "a"}),
+        ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, QA[1]]}),
         ("prompt/completion", {"prompt": "q", "completion": "a", "messages": None, "instruction": "x"}),
         ("Alpaca", {"instruction": "q", "output": "a"}),
         ("Alpaca", {"instruction": "q", "input": "", "output": "a", "text": "### Instruction: q"}),

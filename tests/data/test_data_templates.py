@@ -195,6 +195,28 @@ def test_tool_messages_and_tools_that_are_passed_over_are_refused(tokenizer: Any
     assert str(found) == "the chat template leaves out tools ('get_weather')"
 
 
+@pytest.mark.parametrize("name", ["smollm2", "phi3", "qwen2_5", "qwen3"])
+def test_a_tool_whose_name_is_part_of_what_is_said_is_missed_all_the_same(tokenizer: Any, name: str) -> None:
+    call = assistant("", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": {}}}])
+    tool = {**TOOL, "function": {**TOOL["function"], "name": "s"}}
+    conversations = [Conversation((user("of cats"), call)), Conversation((user("cats"), assistant("y")), tools=(tool,))]
+    for found, what in zip(
+        Renderer(using(tokenizer, name)).many(conversations),
+        ("tool calls (turn 2 calls 'f')", "tools ('s')"),
+        strict=True,
+    ):
+        assert isinstance(found, Rendered) if "qwen" in name else what in str(found)
+
+
+def test_an_assistant_that_speaks_first(tokenizer: Any) -> None:
+    made = copy.copy(tokenizer)
+    made.chat_template = CHATML
+    messages = [assistant("hello"), user("x"), assistant("y")]
+    with pytest.raises(DataError, match=r"begins with an assistant turn, .* use data\.turns: last-turn or full"):
+        Renderer(made)(messages)
+    assert [text.strip() for text in runs(made, Renderer(made, "last-turn")(messages))] == ["y<|im_end|>"]
+
+
 def test_a_name_is_rendered_where_the_template_does(tokenizer: Any) -> None:
     made = copy.copy(tokenizer)
     made.chat_template = CHATML.replace("m['role'] +", "m['role'] + (' ' + m['name'] if m['name'] else '') +")

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from gradpursuit import WeightedTrainer
+from gradpursuit.data import Renderer
 from gradpursuit.errors import ConfigError, DataError, GradPursuitError
 
 ROWS = [
@@ -84,6 +85,17 @@ def test_rows_for_evaluation_need_no_weight(model: PreTrainedModel, tmp_path: Pa
             for row in rows
         ]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-4)
+
+
+def test_trl_makes_the_tokens_of_a_run_of_turns(tiny_path: Path, tmp_path: Path) -> None:
+    asked, said = {"role": "user", "content": "1 plus 1?"}, {"role": "assistant", "content": "2"}
+    config = arguments(tmp_path, SFTConfig, max_length=64)
+    rows = Dataset.from_list([{"prompt": [asked], "completion": [said]}])
+    (made,) = SFTTrainer(str(tiny_path), config, train_dataset=rows).train_dataset  # type: ignore[misc]
+    rendered = Renderer(AutoTokenizer.from_pretrained(tiny_path))([asked, said])
+    assert made["input_ids"] == list(rendered.input_ids)
+    pairs = zip(made["labels"], rendered.labels, strict=True)
+    assert {ours for theirs, ours in pairs if theirs != ours} <= {-100}, "TRL also trains the line break after the end"
 
 
 def test_rows_prepared_by_trl_can_be_trained_on(model: PreTrainedModel, tiny_path: Path, tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ def reason_of(error: BaseException) -> str:
     # "The actor died unexpectedly" is followed by lines with a tab (who and where), and then by the reason.
     rest = itertools.dropwhile(lambda line: not line.startswith("\t"), lines)
     told = next((line for line in rest if not line.startswith("\t")), lines[0])
-    return without_secrets(told.strip()[:_TOLD])
+    told = told.strip()
+    if len(told) > _TOLD:  # its first sentence, as far as that goes
+        told = told[: told.find(". ", 0, _TOLD) + 1] or told[:_TOLD]
+    return without_secrets(told)
 
 
 def require_begun(error: Any) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,10 @@ logger = logging.getLogger("gradpursuit")
 
 # Results and residuals pass through Ray's store, features never do.
 _OBJECT_STORE = 256 * 2**20
-_CONNECTING = 10.0  # seconds that the head of a cluster may take to accept a connection
+_CONNECTING = 10.0  # seconds that the head of a cluster may take to accept a connection, and to answer
+# What a client of HTTP/2, which Ray speaks, says first, with no settings (type 4) of its own; a server tells its own.
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+_SETTINGS = 4
 # Ray reads these when it is imported, and hands them to every process that it starts here.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -100,41 +105,78 @@ def connected(engine: EngineSection) -> Iterator[Session]:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if engine.address is None:
         # "local": a new one, where an address left out would mean whatever cluster runs here already.
-        options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE)
+        options.update(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE, num_cpus=_cores())
+        logger.info("starting Ray on this machine")
     else:
         options.update(address=engine.address)
         require_listening(engine.address)
+        logger.info("connecting to the Ray cluster at %s", engine.address)
     try:
-        ray.init(**options)
+        with _sigterm_kept():
+            ray.init(**options)
     except (OSError, RuntimeError, ValueError, RayError) as error:
         ray.shutdown()  # of what was there before it failed
-        raise _unreachable(engine.address or "this machine", reason_of(error)) from None
+        raise _unreachable(engine.address or "this machine", reason_of(error) + _token_note(engine)) from None
     try:
         yield Session(engine)
     finally:
         ray.shutdown()
 
 
+def _cores() -> int | None:
+    """The cores that this process was given (by SLURM, taskset); None: all that Ray finds."""
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    return given if given != os.cpu_count() else None
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts a handler of its own into its driver, which ends it where it stands."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def _token_note(engine: EngineSection) -> str:
+    """What may be wrong where no token is sent: Ray sends none to an address by itself."""
+    if engine.address in (None, "auto") or "RAY_AUTH_MODE" in os.environ:
+        return ""
+    return (
+        " (a cluster whose nodes had a token in ~/.ray/auth_token or RAY_AUTH_TOKEN when they started asks for it: set "
+        "RAY_AUTH_MODE=token to send yours)"
+    )
+
+
 def require_listening(address: str) -> None:
-    """Refuse an address (host:port) where nobody listens, for which Ray itself would wait twenty minutes.
+    """Refuse an address (host:port) where no Ray listens, for which Ray itself would wait up to twenty minutes.
 
     Raises:
-        RunError: nobody does.
+        RunError: nobody does, or something else.
     """
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECTING):
-            pass
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECTING) as opened:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return  # it would not answer in the clear
+            opened.sendall(_HELLO)
+            answer = opened.recv(9)
+    except TimeoutError:
+        raise _unreachable(address, f"no answer in {_CONNECTING:.0f} s") from None
     except OSError as error:
         raise _unreachable(address, error.strerror or str(error)) from None
+    if len(answer) < 4 or answer[3] != _SETTINGS:
+        raise _unreachable(address, "something else than Ray listens there")
 
 
 def _unreachable(where: str, why: str) -> RunError:
     return RunError(
         f"no Ray cluster can be reached at {where}: {why}; look at `ray status` there (this machine must be one of its "
-        "nodes), or leave --address out to start one on this machine"
+        "nodes), or give --address null to start one on this machine"
     )
 
 

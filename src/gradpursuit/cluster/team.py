@@ -76,10 +76,10 @@ class Team:
             self.lost += 1
             ray.kill(member.actor)  # if it only cannot be reached, it must not come back
             logger.warning(
-                "%s was lost (%s); %d are left, which take over its shards",
+                "%s was lost (%s); %s over its shards",
                 member.name,
                 reason_of(why),
-                len(self.members),
+                f"the others ({len(self.members)}) take" if self.members else "a new one takes",
             )
 
     def tell_waiting(self, members: Sequence[Member]) -> None:

@@ -193,6 +193,8 @@ def _checked(message: Any, where: str) -> Message:
         raise DataError(f"{where}: expected 'role' and a text 'content', found {message!r:.80}")
     role, calls = message.get("role"), message.get("tool_calls")
     content = "" if message.get("content") is None and calls else message.get("content")
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise DataError(f"{where}: expected 'role' and a text 'content', found {message!r:.80}")
     if role not in ROLES:
@@ -204,6 +206,11 @@ def _checked(message: Any, where: str) -> Message:
             _call(call, f"{where}: 'tool_calls'[{i}]") for i, call in enumerate(_listed(calls, where))
         ]
     return made
+
+
+def _is_text_part(part: Any) -> bool:
+    """Whether it is a part of a content that comes as a list, and holds text (not an image, or sound)."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
 def _listed(calls: Any, where: str) -> list[Any]:

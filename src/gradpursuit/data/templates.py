@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +63,30 @@ class ChatTemplate:
             DataError: the template refuses the conversation, leaves out a part of it, or rewrites earlier turns.
         """
         text, spans = (self._by_marks if self._marked else self._by_prefixes)(conversation, turns)
-        _refuse_left_out(conversation, text)
+        self._refuse_left_out_tools(conversation, text)
+        _refuse_left_out_messages(conversation, text)
         return text, [self._trimmed(text, span) for span in spans]
+
+    def _refuse_left_out_tools(self, conversation: Conversation, text: str) -> None:
+        """See that tool calls, and the tools themselves, came through the template: rendered under other names, each
+        has to come up, which its own name may do in what else is said.
+
+        Raises:
+            DataError: naming the first that does not.
+        """
+        mark = "q"
+        while mark in text:
+            mark += "q"
+        renamed, names = _renamed(conversation, mark)
+        if not names:
+            return
+        if self._marked:
+            rendered = self._with_marks(renamed, len(renamed.messages), prompt=False)[0]
+        else:
+            rendered = self._plainly(renamed, len(renamed.messages), prompt=False)
+        for name, what in names.items():
+            if name not in rendered:
+                raise DataError(f"the chat template leaves out {what}")
 
     def _by_marks(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, spans = self._with_marks(conversation, len(conversation.messages), prompt=False)
@@ -102,6 +125,11 @@ class ChatTemplate:
         last = len(conversation.messages) - 1
         text = self._plainly(conversation, last + 1, prompt=False)
         spans = []
+        if turns and turns[0] == 0:
+            raise DataError(
+                "the conversation begins with an assistant turn, whose start cannot be found where templates are "
+                "rendered turn by turn; use data.turns: last-turn or full, or remove the turn"
+            )
         for turn in turns:
             prefix = self._plainly(conversation, turn, prompt=True)
             until = text if turn == last else self._plainly(conversation, turn + 1, prompt=False)
@@ -184,24 +212,33 @@ def _plain(values: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [dict(value) for value in values]
 
 
-def _refuse_left_out(conversation: Conversation, text: str) -> None:
-    """See that what is said to the assistant, its tool calls and the tools themselves came through the template.
+def _refuse_left_out_messages(conversation: Conversation, text: str) -> None:
+    """See that what is said to the assistant came through the template: some pass over tool messages without a word.
 
-    Some templates pass over tool calls, tool messages or tools without a word. The longest word of each has to be
-    there: templates may trim and quote what they are given, but keep words.
+    The longest word of each has to be there: templates may trim and quote what they are given, but keep words.
     """
     for index, message in enumerate(conversation.messages, 1):
-        calls: Sequence[Message] = message.get("tool_calls") or ()
-        for call in calls:
-            name = call.get("function", call)["name"]
-            if name not in text:
-                raise DataError(f"the chat template leaves out tool calls (turn {index} calls '{name}')")
         if message["role"] != "assistant" and _longest_word(message["content"]) not in text:
             raise DataError(f"the chat template leaves out {message['role']} messages (turn {index})")
-    for tool in conversation.tools:
-        name = str(tool.get("function", tool).get("name", ""))
-        if name not in text:
-            raise DataError(f"the chat template leaves out tools ('{name}')")
+
+
+def _renamed(conversation: Conversation, mark: str) -> tuple[Conversation, dict[str, str]]:
+    """The conversation with names of its own for every tool call and tool, and what each of these names stands for."""
+    names: dict[str, str] = {}
+
+    def rename(value: Mapping[str, Any], what: str) -> dict[str, Any]:
+        if "function" in value:
+            return {**value, "function": rename(value["function"], what)}
+        names[name := f"{mark}{len(names)}z"] = f"{what}{value.get('name', '')}')"
+        return {**value, "name": name}
+
+    def messages() -> Iterator[Message]:
+        for index, message in enumerate(conversation.messages, 1):
+            calls = [rename(call, f"tool calls (turn {index} calls '") for call in message.get("tool_calls") or ()]
+            yield {**message, "tool_calls": calls} if calls else message
+
+    changed = replace(conversation, messages=tuple(messages()))
+    return replace(changed, tools=tuple(rename(tool, "tools ('") for tool in conversation.tools)), names
 
 
 def _longest_word(text: str) -> str:

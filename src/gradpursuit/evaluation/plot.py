@@ -40,6 +40,8 @@ def plot_gains(path: Path, findings: Findings) -> bool:
         )
         ticks = sorted({budget for _, budget, of in gains if budget and of == protocol})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        if ticks:
+            axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)  # of a single budget too
         axes.minorticks_off()
         axes.legend()
     with write_atomic(path) as file:

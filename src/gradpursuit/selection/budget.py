@@ -53,6 +53,8 @@ class BudgetRequest(Section):
         given = [name for name in ("k", "fraction", "tokens") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given together: give one of them")
+        if self.count == "total" and self.tokens is None:
+            raise ValueError("count says which tokens a budget of tokens counts: give tokens too")
         shares = [value for bounds in (self.min_per_source, self.max_per_source) for value in bounds.values()]
         if any(isinstance(value, float) for value in shares) and given not in (["k"], ["fraction"]):
             raise ValueError("a share for a source is one of a number of rows: give k or fraction, or counts instead")

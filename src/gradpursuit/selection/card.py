@@ -136,6 +136,9 @@ rows = load_dataset("parquet", data_files="selected.parquet", split="train")
 rows = load_from_disk("dataset")
 ```
 
+Where `prompt` and `completion` are strings, they were rendered with the chat template, as a user's and an assistant's \
+message; TRL does so with lists of messages only.
+
 A plain trainer ignores `weight`. `gradpursuit.WeightedTrainer` uses it; any other gets `repeated.jsonl`: {total:,} \
 whole rows, each as often (`repeats`, from {int(repeats.min())} to {int(repeats.max())}) as its weight says, to within \
 {float(np.abs(repeats - exact).max()):.2f} repeats. One pass over it stands for {total / len(subset.rows):g} passes \
