@@ -151,6 +151,10 @@ def test_fewer_strategies_need_no_other_features(run: Path, capsys: pytest.Captu
     assert main(["select", str(run), "--selection.strategies", "gtp,less,rds"]) == 0, "and all others are there still"
     after = {path: path.stat().st_mtime_ns for path in run.glob("gradients/**/*.*")}
     assert {path for path in after if after[path] != stores[path]} <= {shard, run / "gradients/dropped.jsonl"}
+    assert main(["collect", str(run), "--selection.strategies", "gtp", "--gradients.dim", "128"]) == 0
+    capsys.readouterr()
+    assert main(["select", str(run), "--selection.strategies", "gtp,rds"]) == 2, "with these settings only those of gtp"
+    assert "needs 'gradients', which is not complete" in capsys.readouterr().err
 
 
 def test_an_option_is_part_of_what_a_selection_depends_on(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

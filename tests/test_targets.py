@@ -250,13 +250,13 @@ def test_other_strategies_need_only_the_features_that_are_lacking(
     run: Path, template: Job, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few, many = (["--selection.strategies", names] for names in ("gtp,random", "gtp,less"))
-    assert main(["collect", str(run), *few]) == 0
+    assert main(["select", str(run), *few]) == 0
     assert add(run, template, "other.jsonl") == 0
     stores = run / "targets/other/gradients/target"
     assert [path.name for path in stores.iterdir()] == ["adam-symmetric"]
     before = contents(stores / "adam-symmetric")
 
-    assert main(["collect", str(run), *many]) == 0
+    assert main(["select", str(run), *many]) == 0
     capsys.readouterr()
     assert main(["select", str(run), "--selection.target", "other"]) == 2
     command = f"gradpursuit target add {run} --name other --file {template.folder / 'other.jsonl'}"
@@ -270,9 +270,8 @@ def test_other_strategies_need_only_the_features_that_are_lacking(
         assert f"other: {lacks}" in printed
         assert "unfinished" in printed
 
-    assert main(["collect", str(run), *few]) == 0, "features that are there are enough for strategies that need no more"
-    assert main(["select", str(run), "--selection.target", "other"]) == 0
-    assert main(["collect", str(run), *many]) == 0
+    assert main(["select", str(run), *few, "--selection.target", "other"]) == 0, "it has what these need"
+    assert main(["select", str(run), *many, "--selection.target", "null"]) == 0
     assert main(command.split()[1:]) == 0
     assert contents(stores / "adam-symmetric") == before
     assert main(["select", str(run), "--selection.target", "other"]) == 0

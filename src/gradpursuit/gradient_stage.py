@@ -97,10 +97,14 @@ def wanted_features(run: Run) -> dict[str, list[FeatureKind]]:
     return {"target": target, "pool": pool}
 
 
-def feature_requests(selection: SelectionSection) -> list[str]:
+def feature_requests(selection: SelectionSection, names: Sequence[str] = ()) -> list[str]:
     """What the features that a selection needs depend on: distinct ways of choosing, with the options that matter.
 
     Told without loading a strategy: so that features are still those that are wanted when other settings change.
+
+    Args:
+        selection: with strategies and their options.
+        names: of the strategies that are meant; none: all that are configured.
     """
     found: set[str] = set()
     others = registered()
@@ -115,7 +119,7 @@ def feature_requests(selection: SelectionSection) -> list[str]:
             if selector == "random-matched":
                 add(str(kept.get("like", "gtp")))
 
-    for name in selection.strategies:
+    for name in names or selection.strategies:
         add(name)
     return sorted(found)
 
@@ -123,9 +127,20 @@ def feature_requests(selection: SelectionSection) -> list[str]:
 def collected_requests(run: Run) -> list[str]:
     """The :func:`feature_requests` that the features of a run are known by: those they were collected for, while they
     hold what is wanted now."""
-    wanted, collected = feature_requests(run.config.selection), run.manifest.entry("gradients").get("plan", {})
-    known: list[str] = collected.get("requests", [])
-    return known if set(wanted) <= set(known) else wanted
+    wanted, known = feature_requests(run.config.selection), _planned_requests(run)
+    return sorted(known) if set(wanted) <= set(known) else wanted
+
+
+def planned_for_target(run: Run) -> list[str]:
+    """Labels of the features that the configured strategies need of a target, as it was known when the stage began."""
+    known, wanted = _planned_requests(run), feature_requests(run.config.selection)
+    return list(dict.fromkeys(label for name in wanted for label in known.get(name, ())))
+
+
+def _planned_requests(run: Run) -> dict[str, list[str]]:
+    plan = run.manifest.entry("gradients").get("plan", {})
+    found: dict[str, list[str]] = plan["requests"] if plan.get("basis") == run.feature_basis else {}
+    return found
 
 
 def _needed(run: Run) -> list[FeatureKind]:
@@ -278,15 +293,17 @@ def checkpoint_count(run: Run) -> int:
 
 
 def gradients_plan(run: Run) -> dict[str, Any]:
-    """What the stage is going to write: labels by split, and of `signals` by split; what a target needs; for whom."""
+    """What the stage is going to write: labels by split, and of `signals` by split; what each way of choosing needs of
+    a target."""
     found = {split.name: split for split in splits(run)}
     plan: dict[str, Any] = {name: [kind.label for kind in split.gradients] for name, split in found.items()}
     plan["signals"] = {name: [kind.label for kind in split.signals] for name, split in found.items()}
-    return {
-        **plan,
-        "of_a_target": [kind.label for kind in target_features(run)],
-        "requests": collected_requests(run),
-    }
+    requests = {name: _planned_requests(run).get(name, []) for name in collected_requests(run)}
+    for strategy in run.strategies():
+        needs = _distinct(kind.for_target for kind in strategy.needs(run.settings).features)
+        for name in feature_requests(run.config.selection, [strategy.name]):
+            requests[name] = sorted({*requests[name], *(kind.label for kind in needs)})
+    return {**plan, "requests": requests, "basis": run.feature_basis}
 
 
 def gradient_rows(run: Run) -> dict[str, tuple[int, int]]:

@@ -207,6 +207,18 @@ class Run:
 
     def fingerprint_of(self, stage: Stage, above: str) -> str:
         """sha256 over what the stage depends on: the stage above, settings, the seed, input files, an added target."""
+        value = self._dependencies(stage, above)
+        if stage.name == "gradients":
+            value["features"] = collected_requests(self)
+        return digest_of(value)
+
+    @property
+    def feature_basis(self) -> str:
+        """sha256 over what features depend on, apart from which of them are wanted."""
+        (stage,) = (stage for stage in STAGES if stage.name == "gradients")
+        return digest_of(self._dependencies(stage, self.fingerprint("trajectory")))
+
+    def _dependencies(self, stage: Stage, above: str) -> dict[str, Any]:
         config = self.config.model_dump(mode="json")
         value: dict[str, Any] = {"above": above, "stage": stage.name, "seed": self.config.seed}
         for setting in stage.settings:
@@ -220,8 +232,6 @@ class Run:
             value["inputs"] = self.inputs.trajectory_hashes
         if stage.name == "data" and self.config.data.in_domain:
             value["in_domain"] = True
-        if stage.name == "gradients":
-            value["features"] = collected_requests(self)
         if stage.name == "selection":
             value["format"] = SELECTION_FORMAT
             value["plugins"] = used_distributions(self.config.selection)
@@ -230,7 +240,7 @@ class Run:
             value["targets"] = targets_fingerprint(self)
         if stage.name == "report":  # it is of the run as it is, whatever is missing there
             value["made"] = {name: made for name, made in self.manifest.finished().items() if name != "report"}
-        return digest_of(value)
+        return value
 
     @cached_property
     def model_identity(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from gradpursuit.config import SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
+from gradpursuit.gradient_stage import planned_for_target
 from gradpursuit.manifest import Manifest, State, digest_of
 from gradpursuit.sources import content_hashes, gone_note
 
@@ -106,7 +107,7 @@ class Target:
         entry = self._run.manifest.entry("gradients")
         if entry.get("fingerprint") != self._run.fingerprint("gradients"):
             return []  # the run lacks them itself
-        return [label for label in entry.get("plan", {}).get("of_a_target", []) if label not in self.features]
+        return [label for label in planned_for_target(self._run) if label not in self.features]
 
     def state(self) -> State:
         """How far it got, for the run as it is configured now."""
