@@ -99,7 +99,7 @@ def test_drops_have_reasons_ids_and_places(tmp_path: Path, renderer: Renderer) -
         ("pool", "odd", 7),
     ]
     assert [d["reason"] for d in dropped][:2] == ["longer than max_tokens", "no supervised token"]
-    assert "chat template" in dropped[2]["reason"]
+    assert dropped[2]["reason"].startswith("the conversation begins with an assistant turn")
     assert all(d["source"].endswith("pool.jsonl") for d in dropped)
     assert sum(counts["dropped"].values()) == 3
     assert counts["dropped"]["pool: longer than max_tokens"] == 1
