@@ -54,12 +54,12 @@ def check_reach(config: RunConfig) -> None:
     Raises:
         RunError: no Ray listens at its address; or the place of the features cannot be reached or made.
     """
-    if config.gradients.store:
-        require_reached(place(config.gradients.store))
     if config.engine.address:
         from gradpursuit.cluster import require_listening
 
         require_listening(config.engine.address)
+    if config.gradients.store:
+        require_reached(place(config.gradients.store))
 
 
 @contextmanager
