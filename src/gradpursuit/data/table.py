@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,11 @@ class Table(Sequence[Row]):
         """One column of every row, in order, without reading the others."""
         values: list[Any] = self._groups.column(name)
         return values if self._places is None else [values[i] for i in self._places.tolist()]
+
+    @cached_property
+    def column_names(self) -> frozenset[str]:
+        """Names of the original columns that any row has; the rows are read once, some at a time."""
+        return frozenset(name for row in self for name in row.columns)
 
     def take(self, indices: Sequence[int]) -> Table:
         """The rows at `indices`, in that order; they stay where they are."""

@@ -58,7 +58,8 @@ class Subset:
         firsts = _firsts(pool, {row.hash for row in rows})
         copies = [None if firsts[row.hash] == row.id else firsts[row.hash] for row in rows]
         sources = [names[row.source] for row in rows]
-        return cls(rows, selection.weights[order], order + 1, selection.layers[order], sources, copies, _taken(pool))
+        left_out = [name for name in GIVING_WAY if name in pool.column_names]
+        return cls(rows, selection.weights[order], order + 1, selection.layers[order], sources, copies, left_out)
 
     @property
     def mix(self) -> dict[str, int]:
@@ -194,16 +195,6 @@ def _repeated(records: Sequence[dict[str, Any]], repeats: NDArray[np.int64]) -> 
         for record, count in zip(records, repeats.tolist(), strict=True):
             if count > turn:
                 yield {**{name: value for name, value in record.items() if name != "weight"}, "repeats": count}
-
-
-def _taken(pool: Table) -> list[str]:
-    """The columns that would be added, but that a row of the pool has itself."""
-    originals = pool.column("original")
-    return [
-        name
-        for name in GIVING_WAY
-        if any(f'"{name}"' in original and name in json.loads(original) for original in originals)
-    ]
 
 
 def _firsts(pool: Table, hashes: set[str]) -> dict[str, str]:
