@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,6 +32,14 @@ def _settled() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def tiny() -> SimpleNamespace:
+    """Builders of tiny models of several architectures, of rows for them, and the plain autograd oracle."""
+    from tiny import TINY
+
+    return TINY
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 CHILD = """
 import json, logging, os, resource, sys, traceback
 import torch
-from conftest import build_lora, random_rows
+from tiny import build_lora, random_rows
 from gradpursuit.gradients.engine import FeatureEngine
 from gradpursuit.gradients.per_example import PerExampleGradients
 from gradpursuit.gradients.preconditioner import Preconditioner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -147,6 +147,9 @@ class MatchingSection(Section):
         "subspace, where its length then tells how much of it lies there",
     )
     balance: bool = Field(True, description="divide every checkpoint by the norm of its target")
+    checkpoints: list[Annotated[Whole, Field(ge=1)]] | None = Field(
+        None, min_length=1, description="numbers, from 1, of the checkpoints that count; null: all"
+    )
     subspace: Literal["none", "target", "pool"] = Field(
         "none",
         description="project the features of every checkpoint onto the top right singular "

@@ -7,6 +7,7 @@ the very form the model is trained on: the prompt as it was rendered, then the c
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +17,11 @@ from gradpursuit.data import IGNORE, Row, Table
 from gradpursuit.errors import ConfigError, DataError
 from gradpursuit.evaluation.answers import Question
 from gradpursuit.progress import Progress
-from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
 from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TOKENS_PER_BATCH = 4096
 
 
 def check_choices(rows: Table, tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -116,12 +115,12 @@ def _likelihoods(
             """`(log-likelihood, whether it is the greedy answer)` of every (question, choice)."""
             pairs = [request.args for request in requests]
             rows = [_answered(questions[int(number)], choice, tokenizer) for number, choice in pairs]
-            loss, found = SupervisedLoss(model, compute), np.zeros(len(rows))
-            pad = int(model.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
+            found, groups = np.zeros(len(rows)), defaultdict(list)
+            for index, (number, _choice) in enumerate(pairs):
+                groups[number].append(index)  # what they share is computed once
             with Progress(f"{what}, choices", len(rows)) as progress:
-                for indices in token_batches([len(row.input_ids) for row in rows], _TOKENS_PER_BATCH):
-                    nll, tokens = loss(collate([rows[i] for i in indices], pad))
-                    found[indices] = -(nll.double() * tokens).cpu().numpy()
+                for indices, said in Passes(model, compute).scored(rows, list(groups.values())):
+                    found[indices] = -(said.losses().double() * said.tokens).cpu().numpy()
                     progress.update(len(indices))
             return [(value, False) for value in found.tolist()]
 

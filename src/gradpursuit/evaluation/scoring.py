@@ -17,8 +17,9 @@ from torch import nn
 from gradpursuit.data import Table
 from gradpursuit.evaluation.answers import Question, plain_text, stop_tokens
 from gradpursuit.progress import Progress
-from gradpursuit.trajectory.loss import SupervisedLoss, collate, token_batches
+from gradpursuit.trajectory.loss import token_batches
 from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.passes import Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,23 +73,21 @@ class Scorer:
     def __call__(self, model: nn.Module, rows: Table, what: str = "score") -> Scores:
         """Loss, exact match and, if asked for, accuracy of every row."""
         model.eval()
-        with torch.inference_mode():
-            losses, likely = self._pass(model, rows, what)
-            matches = self._matches(model, rows, likely)
-            correct = None
-            if self._accuracy:
-                from gradpursuit.evaluation.choices import choose
+        losses, likely = self._pass(model, rows, what)
+        matches = self._matches(model, rows, likely)
+        correct = None
+        if self._accuracy:
+            from gradpursuit.evaluation.choices import choose
 
-                correct = choose(model, rows, self._compute, self._tokenizer, what)
+            correct = choose(model, rows, self._compute, self._tokenizer, what)
         return Scores(losses, matches, correct)
 
     def _pass(self, model: nn.Module, rows: Table, what: str) -> tuple[list[float], list[list[int]]]:
-        loss, losses, likely = SupervisedLoss(model, self._compute), [0.0] * len(rows), [[0]] * len(rows)
+        losses, likely = [0.0] * len(rows), [[0]] * len(rows)
         with Progress(what, len(rows)) as progress:
-            for indices in token_batches([len(row.input_ids) for row in rows], TOKENS_PER_BATCH):
-                nll, _tokens, found = loss.with_predictions(collate([rows[i] for i in indices], _pad(model)))
-                for place, i in enumerate(indices):
-                    losses[i], likely[i] = float(nll[place]), found[place]
+            for indices, found in Passes(model, self._compute).scored(rows):
+                for i, nll, tokens in zip(indices, found.losses().tolist(), found.likely(), strict=True):
+                    losses[i], likely[i] = nll, tokens
                 progress.update(len(indices))
         return losses, likely
 

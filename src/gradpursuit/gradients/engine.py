@@ -5,15 +5,11 @@ What only needs a forward pass is in :mod:`gradpursuit.gradients.forward`.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +23,9 @@ from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import SupervisedLoss, collate, padded_width, token_batches
 from gradpursuit.trajectory.model import Compute, trainable
+from gradpursuit.trajectory.threads import TOKENS_PER_PART, side_by_side
 
 logger = logging.getLogger("gradpursuit")
-_TOKENS_PER_THREAD = 256  # matrix products of fewer rows are slow
-_M_ARENA_MAX = -8  # malloc.h of glibc
 
 
 @dataclass(frozen=True)
@@ -188,37 +183,17 @@ class FeatureEngine(RowEngine):
         return [self._sketch.dim] * len(self._kinds)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """Features, losses and supervised tokens of rows in one backward pass, or on a CPU in one for each thread.
-
-        Most of what a pass does is no matrix product, and a core that does one leaves room for the other kind of work
-        beside it: threads with rows of their own wait for each other once a batch, not at every step.
-        """
+        """Features, losses and supervised tokens of rows in one backward pass, or on a CPU in one for each thread."""
         width = padded_width(max(len(row.input_ids) for row in rows))
-        threads = torch.get_num_threads()
-        parts = min(threads, len(rows), max(1, len(rows) * width // _TOKENS_PER_THREAD))
-        if self._device.type != "cpu" or parts == 1:
-            return self._part(rows, width)
+        parts = min(torch.get_num_threads(), len(rows), max(1, len(rows) * width // TOKENS_PER_PART))
+        if self._device.type != "cpu":
+            parts = 1
 
         def work(part: int) -> Batch:
-            torch.set_num_threads(threads // parts)
             return self._part(rows[len(rows) * part // parts : len(rows) * (part + 1) // parts], width)
 
-        try:
-            done = list(self._threads.map(work, range(parts)))
-        finally:
-            torch.set_num_threads(threads)  # threads started later take over the last number that was set anywhere
-        return _joined(done)
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        """One thread for each of torch's, all of one heap.
-
-        With a heap of its own (glibc's default, changed here for as long as the process lives) a thread could not use
-        what another one, or the main thread, has freed: after passes of SmolLM2-135M that is 0.8 GB.
-        """
-        with suppress(OSError, AttributeError, TypeError):  # other C libraries have no such heaps
-            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-        return ThreadPoolExecutor(torch.get_num_threads())
+        done = list(side_by_side(work, parts))
+        return done[0] if parts == 1 else _joined(done)
 
     def _part(self, rows: Sequence[Row], width: int) -> Batch:
         """What `batch` says, in one backward pass; rows are padded to `width`."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gradpursuit.errors import ModelError
 from gradpursuit.gradients.linear import FollowedLinear, Linear, followed_linears
-from gradpursuit.gradients.pieces import Pieces, forward_replaced
 from gradpursuit.trajectory.model import trainable
+from gradpursuit.trajectory.pieces import Pieces, forward_replaced
 
 Consumer = Callable[[str, Tensor], None]
 

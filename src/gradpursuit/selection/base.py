@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gradpursuit.config import GradientsSection, MatchingSection, PursuitSection
+from gradpursuit.errors import SelectionError
 from gradpursuit.features import TrajectoryFeatures, pursuit_problem
 from gradpursuit.gradients.forward import Signal
 from gradpursuit.gradients.preconditioner import Preconditioner
@@ -165,10 +166,22 @@ class SelectionProblem:
         return pursuit_problem(
             pool,
             target.group_means(self.groups) if per_group else target.group_mean(self.groups),
-            self.rates,
+            self._rates_of(settings.checkpoints),
             norms=None if measured is None else measured.norms(),
             balance=settings.balance,
         )
+
+    def _rates_of(self, checkpoints: Sequence[int] | None) -> NDArray[np.float64]:
+        """The learning rates, zero where a checkpoint does not count."""
+        if checkpoints is None:
+            return self.rates
+        if max(checkpoints) > len(self.rates):
+            raise SelectionError(
+                f"pursuit.checkpoints: there is no checkpoint {max(checkpoints)}; the trajectory has "
+                f"{len(self.rates)}, numbered from 1"
+            )
+        counts = np.isin(np.arange(1, len(self.rates) + 1), checkpoints)
+        return np.where(counts, self.rates, 0.0)
 
     def _in_subspace(
         self, kind: Preconditioner, settings: MatchingSection

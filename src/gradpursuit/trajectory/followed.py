@@ -54,7 +54,7 @@ def followed_layers(model: nn.Module) -> dict[nn.Module, FollowedLayer]:
     for module in model.modules():  # an adapter before its matrices
         if module in outside:
             continue
-        if lora := _lora_of(module):
+        if lora := lora_of(module):
             outside |= set(module.modules()) - {module}
             layer = FollowedLayer(module.base_layer, lora, _names(owners, lora.a, lora.b))
         elif is_linear(module) and id(module.weight) not in tied:
@@ -92,7 +92,7 @@ def embedding_weights(model: nn.Module) -> set[int]:
     return {id(layer.weight) for layer in layers if hasattr(layer, "weight")}
 
 
-def _lora_of(module: Any) -> Lora | None:
+def lora_of(module: Any) -> Lora | None:
     """The one active adapter of a `peft` layer, if it is plain: low-rank matrices without biases, not merged.
 
     On a layer that is no plain product, such as a quantized one, A and B are linear layers of their own.

@@ -86,6 +86,11 @@ class Predictions:
         """Mean negative log-likelihood of each row's supervised tokens: [B] float32."""
         return self.mean(F.cross_entropy(self.logits, self.targets, reduction="none"))
 
+    def likely(self) -> list[list[int]]:
+        """The most likely token at every supervised position of each row, given all before it."""
+        found = self.logits.argmax(dim=-1).cpu().split(self.tokens.tolist())
+        return [row.tolist() for row in found]
+
 
 class SupervisedLoss:
     """Mean negative log-likelihood over the supervised tokens of each example.
@@ -108,25 +113,23 @@ class SupervisedLoss:
         found = self.predict(batch)
         return found.losses(), found.tokens
 
-    def with_predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[list[int]]]:
-        """Beside that, the most likely token at every supervised position of each example, given all before it."""
-        found = self.predict(batch)
-        likely = found.logits.argmax(dim=-1).cpu().split(found.tokens.tolist())
-        return found.losses(), found.tokens, [row.tolist() for row in likely]
-
     def predict(self, batch: Mapping[str, Tensor]) -> Predictions:
-        """What the model says of a collated batch, which is moved to the device."""
+        """What the model says of a collated or packed batch, which is moved to the device."""
         device = self._compute.device
-        labels = batch["labels"].to(device)
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # [B, L]: what position l predicts
-        wanted = targets != IGNORE
+        given = {name: value.to(device) for name, value in batch.items()}
+        if "targets" in given:
+            targets, row = given["targets"], given["row"]
+            wanted = targets != IGNORE
+            row = row[wanted]
+        else:
+            targets = F.pad(given["labels"][:, 1:], (0, 1), value=IGNORE)  # [B, L]: what position l predicts
+            wanted = targets != IGNORE
+            row = wanted.nonzero()[:, 0]
+        inputs = {name: given[name] for name in ("input_ids", "attention_mask", "position_ids") if name in given}
         with self._only(wanted) as reached, self._compute.precision():
-            logits = self._model(
-                input_ids=batch["input_ids"].to(device),
-                attention_mask=batch["attention_mask"].to(device),
-                use_cache=False,
-            ).logits[0]  # [n, V]
-        return Predictions(logits.float(), targets[wanted], wanted.nonzero()[:, 0], wanted.sum(dim=1), reached[0])
+            logits = self._model(**inputs, use_cache=False).logits[0]  # [n, V]
+        count = int(given["row"].max()) + 1 if "row" in given else len(wanted)
+        return Predictions(logits.float(), targets[wanted], row, torch.bincount(row, minlength=count), reached[0])
 
     @contextmanager
     def _only(self, wanted: Tensor) -> Iterator[list[Tensor]]:

@@ -16,8 +16,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from gradpursuit.data import Row
 from gradpursuit.errors import TrajectoryError
 from gradpursuit.progress import Progress
-from gradpursuit.trajectory.loss import SupervisedLoss, collate
 from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.passes import Passes
+from gradpursuit.trajectory.threads import side_by_side
 
 logger = logging.getLogger("gradpursuit")
 
@@ -54,12 +55,15 @@ class TrainingRow:
 
 
 class SupervisedTrainer(Trainer):
-    """A Trainer whose loss is the weighted mean of the per-example mean losses of a batch."""
+    """A Trainer whose loss is the weighted mean of the per-example mean losses of a batch.
 
-    def __init__(self, model: nn.Module, compute: Compute, **options: Any) -> None:
-        super().__init__(model=model, **options)
-        self._loss = SupervisedLoss(model, compute)
-        self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
+    On a CPU, threads compute parts of a batch side by side; the gradient is that of the whole batch, but for the order
+    of sums.
+    """
+
+    def __init__(self, model: nn.Module, passes: Passes, **options: Any) -> None:
+        super().__init__(model=model, data_collator=lambda rows: {"rows": rows}, **options)
+        self._passes = passes
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -78,23 +82,40 @@ class SupervisedTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Mean over the batch of weight × mean negative log-likelihood of the supervised tokens."""
-        nll, _tokens = self._loss(inputs)
-        loss = (inputs["weight"].to(nll.device) * nll).mean()
-        if model.training and not loss.isfinite():
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Set the gradients of the mean over the batch of weight × mean negative log-likelihood of a row's supervised
+        tokens; return that mean."""
+        model.train()
+        rows: list[TrainingRow] = inputs["rows"]
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parts = self._passes.parts(rows)
+
+        def work(part: int) -> tuple[Tensor, Sequence[Tensor | None]]:
+            own = [rows[i] for i in parts[part]]
+            nll = self._passes.predict(own).losses()
+            loss = (torch.tensor([row.weight for row in own]).to(nll) * nll).sum() / len(rows)
+            return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+        losses = []
+        for loss, gradients in side_by_side(work, len(parts)):
+            losses.append(loss)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        total = torch.stack(losses).sum()
+        if not total.isfinite():
             raise TrajectoryError(
-                f"the training loss is {loss.item():g} at step {self.state.global_step + 1}: training has diverged, or "
-                "the model's weights or a row are broken; lower warmup.learning_rate or evaluation.learning_rate, or "
-                "try model.precision: float32"
+                f"the training loss is {total.item():g} at step {self.state.global_step + 1}: training has diverged, "
+                "or the model's weights or a row are broken; lower warmup.learning_rate or evaluation.learning_rate, "
+                "or try model.precision: float32"
             )
-        return (loss, {}) if return_outputs else loss
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted."""
+        return 0
 
 
 def train(
@@ -118,22 +139,19 @@ def train(
     """
     weights = [1.0] * len(rows) if weights is None else weights
     data = [TrainingRow(r.input_ids, r.labels, float(w)) for r, w in zip(rows, weights, strict=True)]
-    pad = int(model.config.pad_token_id or 0)  # type: ignore[union-attr, arg-type]
-
-    def collator(batch: list[TrainingRow]) -> dict[str, Tensor]:
-        return {**collate(batch, pad), "weight": torch.tensor([row.weight for row in batch])}
 
     with tempfile.TemporaryDirectory() as scratch, Progress(spec.what, spec.steps, "steps") as progress:
+        passes = Passes(model, compute)
         trainer = SupervisedTrainer(
             model,
-            compute,
+            passes,
             args=_arguments(spec, scratch, compute),
             train_dataset=data,
-            data_collator=collator,
             callbacks=[*callbacks, _ProgressCallback(progress)],
         )
         trainer.remove_callback(PrinterCallback)
-        result = trainer.train()
+        with passes.quick():
+            result = trainer.train()
     model.eval()
     return float(result.training_loss)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from gradpursuit.gradients.fused import Attention, Gate, RmsNorm, Rotate, compute_dtype
+from gradpursuit.trajectory.fused import Attention, Gate, PackedAttention, RmsNorm, Rotate, compute_dtype
+from gradpursuit.trajectory.packed import current_layout
 
 Remember = Callable[[Tensor, Tensor], None]
 _TOLERANCE = 1e-4  # relative, of float32 numbers
@@ -81,6 +82,8 @@ def _norm_weight(norm: nn.Module) -> Callable[[], Tensor] | None:
     weight = getattr(norm, "weight", None)
     if "RMSNorm" not in type(norm).__name__ or not isinstance(weight, Tensor) or weight.dtype != torch.float32:
         return None
+    if weight.requires_grad:
+        return None  # the fused form has no gradient for it
     x = _random(3, weight.shape[0]) * torch.tensor([[1e-3], [1.0], [30.0]])  # the smallest row shows eps
     choices: tuple[Callable[[], Tensor], ...] = (lambda: weight.detach(), lambda: 1 + weight.detach())
     for choice in choices:
@@ -150,6 +153,8 @@ def _attention(plain: Callable[..., Any]) -> Callable[..., Any]:
             return plain(module, query, key, value, attention_mask, **kwargs)
         dtype = compute_dtype(query)
         q, k, v = (x.to(dtype) for x in (query, key, value))
+        if len(q) == 1 and q.shape[2] == k.shape[2] and (layout := current_layout(q.shape[2])):
+            return PackedAttention.apply(q, k, v, layout, kwargs["scaling"]), None
         return Attention.apply(q, k, v, attention_mask, kwargs["scaling"]), None
 
     return attention
@@ -181,12 +186,16 @@ def _random(*shape: int) -> Tensor:
 
 def _same(plain: Callable[..., Tensor], fused: Callable[..., Tensor], *inputs: Tensor) -> bool:
     """Whether two functions of the same inputs agree in value and gradient."""
+    with torch.inference_mode(False), torch.enable_grad():
+        return _same_values(plain, fused, inputs)
+
+
+def _same_values(plain: Callable[..., Tensor], fused: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
     found = []
     for function in (plain, fused):
         leaves = [x.clone().requires_grad_() for x in inputs]
         try:
-            with torch.enable_grad():
-                value = function(*leaves)
+            value = function(*leaves)
             gradients = torch.autograd.grad(value, leaves, _random(*value.shape))
         except (AttributeError, TypeError, RuntimeError, ValueError, IndexError):
             return False  # it wants something else than such a piece does

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradpursuit.gradients import loops
+from gradpursuit.trajectory import loops
+from gradpursuit.trajectory.packed import Layout
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -125,6 +126,60 @@ class Attention(torch.autograd.Function):
         loops.softmax_backward(_array(ds.view(-1, M)), _array(weights.view(-1, M)), ctx.scaling, _array(ds.view(-1, M)))
         dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
         return dq.view(B, H, L, D), dk.view(B, -1, M, D), dv.view(B, -1, M, D), None, None
+
+
+class PackedAttention(torch.autograd.Function):
+    """:class:`Attention` over rows in one sequence, each with what it sees; q [1, H, N, D], k and v [1, K, N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+        """[1, N, H, D]; tokens that belong to no row get those of another one."""
+        (_, H, N, D), K = q.shape, k.shape[1]
+        R, L = layout.own.shape
+        queries, keys = _heads(layout.own, H, N), _heads(layout.keys, K, N)
+        q = q.detach().reshape(H * N, D)[queries].view(R * K, -1, D)
+        k, v = (x.detach().reshape(K * N, D)[keys].view(R * K, -1, D) for x in (k, v))
+        scores = torch.bmm(q, k.transpose(1, 2))
+        shaped = _array(scores.view(R, H, L, -1))
+        loops.softmax(shaped, _array(layout.mask), scaling, shaped)
+        ctx.save_for_backward(q, k, v, scores)
+        ctx.layout, ctx.scaling, ctx.shape = layout, scaling, (H, K, D)
+        found = torch.bmm(scores, v).view(R, H, L, D).transpose(1, 2).reshape(R * L, H, D)
+        return found[layout.place][None]
+
+    @staticmethod
+    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of q, k and v; those of the common beginning are summed over rows in float32."""
+        q, k, v, weights = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        H, K, D = ctx.shape
+        R, L = layout.own.shape
+        delta = deltas[0][0][layout.own.flatten()].view(R, L, H, D)
+        delta = delta.masked_fill(~layout.real[:, :, None, None], 0).transpose(1, 2).reshape(q.shape)
+        dv = torch.bmm(weights.transpose(1, 2), delta)
+        ds = torch.bmm(delta, v.transpose(1, 2))
+        flat = _array(ds.view(-1, ds.shape[2]))
+        loops.softmax_backward(flat, _array(weights.view(flat.shape)), ctx.scaling, flat)
+        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+
+        def in_sequence(d: Tensor) -> Tensor:
+            found = d.transpose(0, 1).reshape(d.shape[1], R * L, D)[:, layout.place]
+            found[:, layout.used :] = 0
+            return found
+
+        def joined(d: Tensor) -> Tensor:
+            d = d.view(R, K, -1, D)
+            own, P = in_sequence(d[:, :, layout.shared :]), layout.shared
+            if P:
+                own[:, :P] = d[:, :, :P].float().sum(0).add_(own[:, :P])
+            return own[None]
+
+        return in_sequence(dq.view(R, H, L, D))[None], joined(dk), joined(dv), None, None
+
+
+def _heads(places: Tensor, heads: int, size: int) -> Tensor:
+    """Places [R, L] in a sequence as places in [heads · size], of every row, head by head."""
+    return (torch.arange(heads)[None, :, None] * size + places[:, None]).flatten()
 
 
 def _array(x: Tensor) -> NDArray[Any]:
