@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import ModuleType, SimpleNamespace
@@ -28,6 +28,8 @@ _TOLERANCE = 1e-4  # relative, of float32 numbers
 class Pieces:
     """The replaceable pieces of a model; there are none unless all of it is on the CPU."""
 
+    @torch.inference_mode(False)  # gradients are compared
+    @torch.enable_grad()
     def __init__(self, model: nn.Module) -> None:
         on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
         modules = list(model.modules()) if on_cpu else []
@@ -186,11 +188,6 @@ def _random(*shape: int) -> Tensor:
 
 def _same(plain: Callable[..., Tensor], fused: Callable[..., Tensor], *inputs: Tensor) -> bool:
     """Whether two functions of the same inputs agree in value and gradient."""
-    with torch.inference_mode(False), torch.enable_grad():
-        return _same_values(plain, fused, inputs)
-
-
-def _same_values(plain: Callable[..., Tensor], fused: Callable[..., Tensor], inputs: Sequence[Tensor]) -> bool:
     found = []
     for function in (plain, fused):
         leaves = [x.clone().requires_grad_() for x in inputs]
