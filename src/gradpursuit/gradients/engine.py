@@ -88,9 +88,22 @@ class RowEngine(ABC):
     def widths(self) -> list[int]:
         """Of every kind of feature that is wanted, the size d."""
 
-    @abstractmethod
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """Features, losses and supervised tokens of rows in one pass."""
+        """Features, losses and supervised tokens of rows in one pass, or on a CPU in one for each thread."""
+        width = padded_width(max(len(row.input_ids) for row in rows))
+        parts = min(torch.get_num_threads(), len(rows), max(1, len(rows) * width // TOKENS_PER_PART))
+        if self._device.type != "cpu":
+            parts = 1
+
+        def work(part: int) -> Batch:
+            return self._part(rows[len(rows) * part // parts : len(rows) * (part + 1) // parts], width)
+
+        done = list(side_by_side(work, parts))
+        return done[0] if parts == 1 else _joined(done)
+
+    @abstractmethod
+    def _part(self, rows: Sequence[Row], width: int) -> Batch:
+        """What `batch` says, in one pass; rows are padded to `width`."""
 
     def compute(self, rows: Sequence[Row], on_rows: Callable[[int], None]) -> Computed:
         """Features of any number of rows, in batches of rows of similar length.
@@ -181,19 +194,6 @@ class FeatureEngine(RowEngine):
     def widths(self) -> list[int]:
         """The size of the sketch, for every preconditioner."""
         return [self._sketch.dim] * len(self._kinds)
-
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        """Features, losses and supervised tokens of rows in one backward pass, or on a CPU in one for each thread."""
-        width = padded_width(max(len(row.input_ids) for row in rows))
-        parts = min(torch.get_num_threads(), len(rows), max(1, len(rows) * width // TOKENS_PER_PART))
-        if self._device.type != "cpu":
-            parts = 1
-
-        def work(part: int) -> Batch:
-            return self._part(rows[len(rows) * part // parts : len(rows) * (part + 1) // parts], width)
-
-        done = list(side_by_side(work, parts))
-        return done[0] if parts == 1 else _joined(done)
 
     def _part(self, rows: Sequence[Row], width: int) -> Batch:
         """What `batch` says, in one backward pass; rows are padded to `width`."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from gradpursuit.data import Row
 from gradpursuit.gradients.engine import Batch, Features, RowEngine
-from gradpursuit.trajectory.loss import Predictions, SupervisedLoss, collate
+from gradpursuit.trajectory.loss import Predictions, collate
 from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.passes import Passes
 
 _LEAST_ERROR = 1e-6  # what float32 leaves of the error of a row that is predicted perfectly; a store holds no zeros
 
@@ -66,7 +67,7 @@ class ForwardEngine(RowEngine):
     def __init__(self, model: nn.Module, compute: Compute, signal: Signal, tokens_per_batch: int) -> None:
         super().__init__(model, compute.device, tokens_per_batch)
         self.what = signal.name
-        self._loss = SupervisedLoss(model, compute)
+        self._passes = Passes(model, compute)
         self._signal: Callable[[Predictions, Tensor], Tensor] = _errors if signal == EL2N else _embeddings
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._width = 1 if signal == EL2N else int(head.weight.shape[1])
@@ -77,10 +78,14 @@ class ForwardEngine(RowEngine):
         return [self._width]
 
     def batch(self, rows: Sequence[Row]) -> Batch:
-        """The signal, losses and supervised tokens of rows in one forward pass."""
-        batch = collate(rows, self._pad)
+        """The signal, losses and supervised tokens of rows in one forward pass, or on a CPU in one for each thread."""
+        with self._passes.quick():
+            return super().batch(rows)
+
+    def _part(self, rows: Sequence[Row], width: int) -> Batch:
+        batch = collate(rows, self._pad, width)
         with torch.inference_mode():
-            found = self._loss.predict(batch)
+            found = self._passes.loss.predict(batch)
             values = self._signal(found, batch["attention_mask"].to(self._device))
             return Batch([Features(values, values.norm(dim=1))], found.losses(), found.tokens)
 

@@ -36,23 +36,28 @@ class Passes:
     Args:
         model: with trainable LoRA adapters or trainable layers; only layers with an adapter are replaced.
         compute: device and precision.
+
+    Attributes:
+        loss: of batches that are collated already.
     """
 
     def __init__(self, model: nn.Module, compute: Compute) -> None:
         self._model, self._dtype = model, compute.autocast
-        self._loss = SupervisedLoss(model, compute)
+        self.loss = SupervisedLoss(model, compute)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
         self.on_cpu = compute.device.type == "cpu"
         self._packs = self.on_cpu and can_pack(model)
+        self._pieces = Pieces(model)
+        self._frozen: dict[nn.Linear, _FrozenLinear] = {}
         self._casts = threading.local()  # threads may be at batches of their own
 
     def predict(self, rows: Sequence[Any]) -> Predictions:
         """What the model says of rows, in one pass."""
         if not self._packs or len(rows) == 1 or sum(own_tokens(rows)) > _LONGEST:
-            return self._loss.predict(collate(rows, self._pad))
+            return self.loss.predict(collate(rows, self._pad))
         batch, layout = pack(rows, self._pad)
         with layout.in_use():
-            return self._loss.predict(batch)
+            return self.loss.predict(batch)
 
     def parts(self, rows: Sequence[Any]) -> list[list[int]]:
         """Indices of the rows of a training batch in parts to be computed side by side: one for each thread that has
@@ -97,14 +102,21 @@ class Passes:
                 for module in self._model.modules():
                     base, lora = getattr(module, "base_layer", None), lora_of(module)
                     if lora is not None and isinstance(base, nn.Linear) and _is_frozen(base):
-                        one = _FrozenLinear(base, self._dtype)
-                        stack.enter_context(forward_replaced(module, self._with_adapter(one, lora)))
+                        forward = self._with_adapter(self._constant(base), lora)
+                        stack.enter_context(forward_replaced(module, forward))
                 if is_linear(head) and isinstance(head, nn.Linear) and _is_frozen(head):
-                    stack.enter_context(forward_replaced(head, _FrozenLinear(head, self._dtype)))
-                stack.enter_context(Pieces(self._model).fused(self._remember))
+                    stack.enter_context(forward_replaced(head, self._constant(head)))
+                stack.enter_context(self._pieces.fused(self._remember))
                 yield
         finally:
             self._casts = threading.local()
+
+    def _constant(self, layer: nn.Linear) -> _FrozenLinear:
+        """The layer, cast anew if its weight is another one by now."""
+        found = self._frozen.get(layer)
+        if found is None or not found.is_of(layer):
+            found = self._frozen[layer] = _FrozenLinear(layer, self._dtype)
+        return found
 
     def _with_adapter(self, layer: _FrozenLinear, lora: Lora) -> Callable[..., Tensor]:
         def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -137,8 +149,18 @@ class _FrozenLinear:
         self.weight: Tensor = layer.weight.detach().to(dtype or layer.weight.dtype)
         self.bias: Tensor | None = None if layer.bias is None else layer.bias.detach().to(self.weight.dtype)
 
+        self._made_of = _version(layer)
+
+    def is_of(self, layer: nn.Linear) -> bool:
+        """Whether nothing has changed since."""
+        return self._made_of == _version(layer)
+
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+def _version(layer: nn.Linear) -> list[tuple[int, int]]:
+    return [(parameter.data_ptr(), parameter._version) for parameter in layer.parameters(recurse=False)]
 
 
 class LoraProduct(torch.autograd.Function):
