@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class ForwardEngine(RowEngine):
         super().__init__(model, compute.device, tokens_per_batch)
         self.what = signal.name
         self._passes = Passes(model, compute)
-        self._signal: Callable[[Predictions, Tensor], Tensor] = _errors if signal == EL2N else _embeddings
+        self._signal = signal
         head = model.get_output_embeddings()  # type: ignore[operator]
         self._width = 1 if signal == EL2N else int(head.weight.shape[1])
 
@@ -83,10 +83,14 @@ class ForwardEngine(RowEngine):
             return super().batch(rows)
 
     def _part(self, rows: Sequence[Row], width: int) -> Batch:
-        batch = collate(rows, self._pad, width)
         with torch.inference_mode():
-            found = self._passes.loss.predict(batch)
-            values = self._signal(found, batch["attention_mask"].to(self._device))
+            if self._signal == EL2N:
+                found = self._passes.predict(rows)
+                values = _errors(found)
+            else:
+                batch = collate(rows, self._pad, width)  # every token counts
+                found = self._passes.loss.predict(batch)
+                values = _embeddings(found, batch["attention_mask"].to(self._device))
             return Batch([Features(values, values.norm(dim=1))], found.losses(), found.tokens)
 
 
@@ -97,7 +101,7 @@ def _embeddings(found: Predictions, mask: Tensor) -> Tensor:
     return torch.einsum("bl,blh->bh", shares, found.hidden.float())
 
 
-def _errors(found: Predictions, mask: Tensor) -> Tensor:
+def _errors(found: Predictions) -> Tensor:
     """[B, 1] float32."""
     p = found.logits.softmax(dim=1)
     of_target = p.gather(1, found.targets[:, None])[:, 0]
