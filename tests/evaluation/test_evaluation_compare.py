@@ -224,6 +224,14 @@ def test_findings_pair_what_belongs_together(setting: Any, tables: tuple[Table, 
     assert found[ALL, "loss", "random", 8].mean == pytest.approx(np.mean(means))
     assert (found[ALL, "loss", "random", 8].pairs, found[ALL, "loss", "random", 8].positive) == (4, 4)
     assert found[ALL, "loss", "random", 8].low > 0
+    logs = [
+        np.log(np.mean(known["random", 8, t, s]) / np.mean(known["gtp", 8, t, s]))
+        for t in ("fruit", "animal")
+        for s in (0, 1)
+    ]
+    assert found[ALL, "log-loss", "random", 8].mean == pytest.approx(np.mean(logs))
+    assert found[ALL, "log-loss", "random", 8].pairs == 4
+    assert not any(metric == "log-loss" and target != ALL for target, metric, *_ in found)
     assert (ALL, "loss", "random", 16) in found
     gains = findings.gains()
     assert gains["gtp", 8, "equal-steps"].mean > gains["random", 8, "equal-steps"].mean

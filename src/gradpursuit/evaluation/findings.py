@@ -70,7 +70,8 @@ class Difference:
     Attributes:
         target: scored on, or `all targets`.
         protocol: of both.
-        metric: `loss` (other minus reference) or `exact-match` or `accuracy` (reference minus other).
+        metric: `loss` (other minus reference) or `exact-match` or `accuracy` (reference minus other); over all targets
+            also `log-loss`, ln of other / reference, in which targets with large losses count no more than others.
         reference, reference_budget, other, other_budget: what is compared.
         effect: over held-out rows × seeds; for all targets over targets × seeds.
     """
@@ -159,16 +160,20 @@ class Findings:
 
     def _differences(self, metric: str) -> Iterator[Difference]:
         pairs: dict[tuple[str, int, str, int, str], list[Scores]] = {}
+        ratios: dict[tuple[str, int, str, int, str], list[Scores]] = {}
         for target in self.targets:
             for reference, other, key in self._pairs(target):
                 left, right = _paired(reference, other, metric)
                 values = right - left if metric == "loss" else left - right
                 yield Difference(target, key[4], metric, *key[:4], effect(values))
                 pairs.setdefault(key, []).append(values.mean(axis=0))
+                if metric == "loss":
+                    ratios.setdefault(key, []).append(np.log(right.mean(axis=0) / left.mean(axis=0)))
         if len(self.targets) > 1:
-            for key, rows in pairs.items():
-                if _complete(rows, len(self.targets)):
-                    yield Difference(ALL, key[4], metric, *key[:4], effect(np.stack(rows)))
+            for name, gathered in ((metric, pairs), ("log-loss", ratios)):
+                for key, rows in gathered.items():
+                    if _complete(rows, len(self.targets)):
+                        yield Difference(ALL, key[4], name, *key[:4], effect(np.stack(rows)))
 
     def _pairs(self, target: str) -> Iterator[tuple[list[Cell], list[Cell], tuple[str, int, str, int, str]]]:
         groups = {key[1:]: cells for key, cells in self._groups.items() if key[0] == target}
