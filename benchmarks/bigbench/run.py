@@ -28,6 +28,7 @@ import yaml
 from build import IN_DOMAIN, SIZES, build
 from costs import estimate, merged, parts_of, target_names
 from defaults import write_defaults
+from summary import write_summary
 
 from gradpursuit.cli import main as gradpursuit
 from gradpursuit.config import load_config
@@ -184,6 +185,7 @@ def keep(bench: Bench, name: str, overrides: list[str], seconds: float) -> None:
     for file, ending in kept.items():
         if (source / file).is_file():
             shutil.copyfile(source / file, _place(bench, f"{name}.{ending}"))
+    write_summary(bench.results, name)
     record = {"settings": overrides, "seconds": round(seconds, 1), **provenance(bench)}
     write_json(_place(bench, f"{name}.json"), record)
 
