@@ -39,8 +39,8 @@ def write_summary(results: Path, part: str) -> None:
         f"# {part}: means over {len(targets)} targets\n",
         f"{', '.join(targets)}; every target counts alike. Gain: held-out loss below that of the untouched model, in "
         "nats per supervised token. log-loss: ln(loss / loss of `gtp` with the same budget), positive where `gtp` "
-        "does better. Intervals over targets and seeds; detectable: the smallest true log-loss that would have shown in "
-        "80 % of all cases. Copies: chosen rows that repeat another chosen row.\n",
+        "does better. Intervals over targets and seeds; detectable: the smallest true log-loss that would have shown "
+        "in 80 % of all cases. Copies: chosen rows that repeat another chosen row.\n",
         f"| protocol | {' | '.join(_HEAD)} |",
         "| --- |" + " --- |" * len(_HEAD),
     ]
