@@ -134,18 +134,17 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
         """[1, N, H, D]; tokens that belong to no row get those of another one."""
-        (_, H, N, D), K = q.shape, k.shape[1]
+        (_, H, _N, D), K = q.shape, k.shape[1]
         R, L = layout.own.shape
-        queries, keys = _heads(layout.own, H, N), _heads(layout.keys, K, N)
-        q = q.detach().reshape(H * N, D)[queries].view(R * K, -1, D)
-        k, v = (x.detach().reshape(K * N, D)[keys].view(R * K, -1, D) for x in (k, v))
+        q = _taken(q, layout.seen_by(H)[0]).view(R * K, -1, D)
+        k, v = (_taken(x, layout.seen_by(K)[1]).view(R * K, -1, D) for x in (k, v))
         scores = torch.bmm(q, k.transpose(1, 2))
         shaped = _array(scores.view(R, H, L, -1))
         loops.softmax(shaped, _array(layout.mask), scaling, shaped)
         ctx.save_for_backward(q, k, v, scores)
         ctx.layout, ctx.scaling, ctx.shape = layout, scaling, (H, K, D)
-        found = torch.bmm(scores, v).view(R, H, L, D).transpose(1, 2).reshape(R * L, H, D)
-        return found[layout.place][None]
+        found = torch.bmm(scores, v).view(R, H, L, D).transpose(1, 2).reshape(R * L, H * D)
+        return found.index_select(0, layout.place).view(1, -1, H, D)
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
@@ -154,8 +153,8 @@ class PackedAttention(torch.autograd.Function):
         layout: Layout = ctx.layout
         H, K, D = ctx.shape
         R, L = layout.own.shape
-        delta = deltas[0][0][layout.own.flatten()].view(R, L, H, D)
-        delta = delta.masked_fill(~layout.real[:, :, None, None], 0).transpose(1, 2).reshape(q.shape)
+        delta = deltas[0].reshape(-1, H * D).index_select(0, layout.own.flatten()).view(R, L, H, D)
+        delta = (delta * layout.real[:, :, None, None]).transpose(1, 2).reshape(q.shape)
         dv = torch.bmm(weights.transpose(1, 2), delta)
         ds = torch.bmm(delta, v.transpose(1, 2))
         flat = _array(ds.view(-1, ds.shape[2]))
@@ -163,7 +162,7 @@ class PackedAttention(torch.autograd.Function):
         dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
 
         def in_sequence(d: Tensor) -> Tensor:
-            found = d.transpose(0, 1).reshape(d.shape[1], R * L, D)[:, layout.place]
+            found = d.transpose(0, 1).reshape(d.shape[1], R * L, D).index_select(1, layout.place)
             found[:, layout.used :] = 0
             return found
 
@@ -177,9 +176,9 @@ class PackedAttention(torch.autograd.Function):
         return in_sequence(dq.view(R, H, L, D))[None], joined(dk), joined(dv), None, None
 
 
-def _heads(places: Tensor, heads: int, size: int) -> Tensor:
-    """Places [R, L] in a sequence as places in [heads · size], of every row, head by head."""
-    return (torch.arange(heads)[None, :, None] * size + places[:, None]).flatten()
+def _taken(x: Tensor, places: Tensor) -> Tensor:
+    """Of x [1, heads, N, D] the vectors at `places` in [heads · N]: [n, D]."""
+    return x.detach().reshape(-1, x.shape[-1]).index_select(0, places)
 
 
 def _array(x: Tensor) -> NDArray[Any]:

@@ -45,6 +45,7 @@ class Layout:
     """
 
     def __init__(self, shared: int, lengths: Sequence[int], size: int) -> None:
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.size, self.shared, self.used = size, shared, shared + sum(lengths)
         starts = [shared + sum(lengths[:i]) for i in range(len(lengths))]
         rows = [*zip(starts, lengths, strict=True), *([(0, shared)] if shared else [])]
@@ -62,11 +63,16 @@ class Layout:
         self.place = torch.zeros(size, dtype=torch.long)
         self.place[self.own[self.real]] = self.real.flatten().nonzero()[:, 0]
 
-    @property
-    def keys(self) -> Tensor:
-        """[R, P + L] int64, the places of what the tokens of each row can see."""
-        before = torch.arange(self.shared).expand(len(self.own), -1)
-        return torch.cat([before, self.own], dim=1)
+    def seen_by(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Places in a sequence of `heads` heads [heads · N], row by row and head by head: of the rows' own tokens
+        [R · heads · L], and of what these can see [R · heads · (P + L)]; int64."""
+        if heads not in self._seen:
+            before = torch.arange(self.shared).expand(len(self.own), -1)
+            first = torch.arange(heads)[None, :, None] * self.size
+            places = (self.own, torch.cat([before, self.own], dim=1))
+            own, keys = ((first + place[:, None]).flatten() for place in places)
+            self._seen[heads] = own, keys
+        return self._seen[heads]
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

@@ -191,5 +191,5 @@ class LoraProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = (dy @ layer.weight).addmm_(di, a).view(*delta.shape[:-1], -1)
         da = (di.t() @ rows).to(ctx.dtypes[0]) * ctx.scaling
-        db = (dy.t() @ inner).to(ctx.dtypes[1])
+        db = (inner.t() @ dy).to(ctx.dtypes[1]).t().contiguous()  # quicker than the product that is r wide
         return dx, da, db, None, None, None
