@@ -139,8 +139,37 @@ def test_defaults_are_compared_by_target_and_seed(run: Any, tmp_path: Path) -> N
     write("weights", {"gtp": -0.5})
     run.write_defaults(tmp_path)
     lines = (tmp_path / "defaults.md").read_text().splitlines()
-    assert lines[-2].startswith("| raw-rows | 96 | 0.250 (0.250 to 0.250) | 0.000 | 4/4 | 0.000")
-    assert lines[-1].startswith("| weights | 96 | -0.500 (-0.500 to -0.500) | 0.000 | 0/4 |")
+    log = np.mean([np.log((loss + 0.25) / loss) for loss in noise.values()])
+    assert lines[-2].startswith(f"| raw-rows | 96 | 0.250 (0.250 to 0.250) | {log:.3f} (")
+    assert "| 4/4 | 0.000" in lines[-2]
+    assert lines[-1].startswith("| weights | 96 | -0.500 (-0.500 to -0.500) | -")
+    assert "| 0/4 |" in lines[-1]
+
+
+def test_a_summary_counts_every_target_alike(run: Any, tmp_path: Path) -> None:
+    head = ["target", "scored_on", "protocol", "strategy", "budget", "seed", "loss", "exact_match", "copies"]
+    losses = {
+        ("a", "gtp"): [1.0, 2.0],
+        ("a", "less"): [2.0, 4.0],
+        ("b", "gtp"): [10.0, 10.0],
+        ("b", "less"): [5.0, 5.0],
+    }
+    with (tmp_path / "grid.cells.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(head)
+        writer.writerows([name, name, "", "base", "", 0, 20.0, 0, ""] for name in "ab")
+        for (target, name), values in losses.items():
+            for seed, loss in enumerate(values):
+                writer.writerow([target, target, "equal-steps", name, 48, seed, loss, 0.25, 3 if name == "less" else 0])
+        writer.writerow(["a", "b", "equal-steps", "gtp", 48, 0, 99.0, 0.0, 0])  # crossed: chosen for another target
+    run.write_summary(tmp_path, "grid")
+    gtp, less = (tmp_path / "grid.summary.md").read_text().splitlines()[-2:]
+    assert gtp.startswith("| equal-steps | gtp | 48 | 14.250 (")
+    assert gtp.endswith("| – | – | – | 0.25 | 0.0 |")
+    assert less.startswith("| equal-steps | less | 48 | 16.000 (")
+    assert "| 0.000 (" in less, "twice and half the loss"
+    assert "| 2/4 |" in less
+    assert less.endswith("| 0.25 | 3.0 |")
 
 
 def rows(family: str, count: int, start: int = 0) -> list[dict[str, Any]]:
