@@ -1,6 +1,6 @@
 """A training step of the package beside the same step in the model's own code.
 
-    python benchmarks/training.py [--rounds 3] [--batch 8] [--threads N]
+    python benchmarks/training.py [--rounds 3] [--batch 8] [--steps 8] [--threads N]
 
 SmolLM2-135M-Instruct with LoRA r = 8 on all linear layers, batches of the rows in rows.py, forward and backward pass
 and AdamW. The variants take turns in every round:
@@ -92,6 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="of a round")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -103,7 +104,7 @@ def main() -> None:
         for parameter in trainable(model).values():
             parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
     rows = build_rows()
-    batches = [rows[i : i + arguments.batch] for i in range(0, len(rows), arguments.batch)]
+    batches = [rows[i : i + arguments.batch] for i in range(0, len(rows), arguments.batch)][: arguments.steps]
     variants = Variants(model, compute)
     steps: dict[str, Step] = {name: getattr(variants, name) for name in ("stock", "labels", "package")}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
