@@ -122,7 +122,7 @@ def pursuit_problem(
     Args:
         pool: features of the N pool rows.
         target: g [T, d], or of several groups [T, q, d].
-        rates: η [T], learning rates.
+        rates: η [T], learning rates; 0 where a checkpoint does not count.
         norms: [T, N], what each U_t[i] is divided by (not if it is zero, as the row then is too); None: 1.
         balance: s_t = 1 / ‖g_t‖ (of several groups: of their mean), so that every checkpoint counts alike; otherwise 1.
 
@@ -133,12 +133,12 @@ def pursuit_problem(
         SelectionError: the target's mean gradient is zero at some checkpoint.
     """
     lengths = np.linalg.norm(target if target.ndim == 2 else target.mean(axis=1), axis=1)
-    if not (lengths > 0).all():
+    if (lost := (lengths == 0) & (rates > 0)).any():
         raise SelectionError(
-            f"the mean gradient of the target is zero at checkpoint {int(np.argmin(lengths)) + 1}: "
+            f"the mean gradient of the target is zero at checkpoint {int(np.argmax(lost)) + 1}: "
             "its examples cancel or are already fitted exactly"
         )
-    block = np.sqrt(rates) / (lengths if balance else 1.0)
+    block = np.sqrt(rates) / (np.where(lengths > 0, lengths, 1.0) if balance else 1.0)
     factor = np.repeat(block[:, None], len(pool), axis=1)
     if norms is not None:
         factor = np.divide(factor, norms, out=np.zeros_like(factor), where=norms > 0)

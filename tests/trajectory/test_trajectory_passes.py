@@ -10,19 +10,30 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gradpursuit.config import LoraSection
 from gradpursuit.data import IGNORE
 from gradpursuit.trajectory import packed as packed_module
 from gradpursuit.trajectory import passes as passes_module
 from gradpursuit.trajectory.loss import padded_width
-from gradpursuit.trajectory.model import Compute, trainable
-from gradpursuit.trajectory.packed import Layout, can_pack, common_prefix, current_layout, divide, own_tokens, pack
+from gradpursuit.trajectory.model import Compute, attach_lora, trainable
+from gradpursuit.trajectory.packed import (
+    Layout,
+    _looks_nearby,
+    can_pack,
+    common_prefix,
+    current_layout,
+    divide,
+    own_tokens,
+    pack,
+)
 from gradpursuit.trajectory.passes import Passes
 from gradpursuit.trajectory.pieces import Pieces
 from gradpursuit.trajectory.threads import side_by_side
+from tiny import randomize
 
 FLOAT32 = Compute(torch.device("cpu"), None)
 BFLOAT16 = Compute(torch.device("cpu"), torch.bfloat16)
-KINDS = ["llama", "qwen2", "gpt2", "qwen2_moe"]
+KINDS = ["llama", "qwen2", "qwen2_moe"]
 
 
 def row(ids: Sequence[int], labelled: int) -> SimpleNamespace:
@@ -67,10 +78,35 @@ def test_rows_have_the_losses_and_gradients_that_they_have_alone(
         assert float((gradient - exact).norm()) <= 1e-3 * float(exact.norm()), name
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
-def test_models_that_look_at_a_window_are_padded_and_right(tiny: Any, kind: str) -> None:
-    model, rows = tiny.lora(kind), alike(tiny, [20, 13, 17], 7)
-    assert not can_pack(model)
+def built(kind: str) -> Any:
+    """Tiny models of architectures that want something of their own, with a random adapter."""
+    import transformers
+
+    decoder = {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "max_position_embeddings": 64, "vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 16}
+    configs = {
+        "gpt_neo": lambda: transformers.GPTNeoConfig(
+            hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=12,
+            vocab_size=97, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
+        ),
+        "minicpm3": lambda: transformers.MiniCPM3Config(**decoder, num_key_value_heads=4, **latent),
+    }  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(configs[kind](), attn_implementation="eager")
+    model.requires_grad_(False)
+    return randomize(attach_lora(model.eval(), LoraSection(r=3, alpha=5), seed=0))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3", "gpt2", "gpt_neo", "minicpm3"])
+def test_other_models_are_right_as_well(tiny: Any, kind: str) -> None:
+    """They look at a window, have other shapes, or attention that is not recognised."""
+    model = built(kind) if kind in ("gpt_neo", "minicpm3") else tiny.lora(kind)
+    rows = alike(tiny, [20, 13, 17, 25], 7)
+    assert can_pack(model) == (kind in ("gpt2", "minicpm3"))
     losses, found = gradients(model, FLOAT32, rows, quick=True)
     expected = [tiny.oracle(model, one) for one in rows]
     torch.testing.assert_close(losses, torch.tensor([loss for loss, _ in expected]), rtol=1e-4, atol=1e-4)
@@ -94,6 +130,81 @@ def test_a_model_that_mixes_its_rows_is_never_packed(tiny: Any) -> None:
     model.train()
     assert can_pack(model)
     assert model.training, "trying it out leaves the model as it was"
+
+
+def test_a_norm_with_a_gate_keeps_its_own_code() -> None:
+    class GatedRMSNorm(nn.Module):
+        eps = 1e-6
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(16), requires_grad=False)
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            x = x if gate is None else x * gate
+            return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+    norm, x = GatedRMSNorm(), torch.randn(3, 16)
+    exact = norm(x, gate=2 * x)
+    pieces = Pieces(norm)
+    assert len(pieces._norms) == 1
+    with pieces.fused(lambda *_: None):
+        assert torch.equal(norm(x, gate=2 * x), exact)
+
+
+def test_what_a_configuration_says_of_distance_is_heeded() -> None:
+    from transformers import Gemma3Config, LlamaConfig
+
+    assert _looks_nearby(Gemma3Config().get_text_config())
+    assert not _looks_nearby(LlamaConfig())
+    assert _looks_nearby(LlamaConfig(attention_window=7))
+    assert _looks_nearby(LlamaConfig(attention_layers=["global", "local"]))
+
+
+def test_where_layers_drop_at_random_there_is_one_part(tiny: Any) -> None:
+    model, rows = tiny.lora("llama"), alike(tiny, [60] * 8, 7)
+    torch.set_num_threads(2)
+    try:
+        assert len(Passes(model, FLOAT32).parts(rows)) == 2
+        model.base_model.model.model.layers[0].mlp.add_module("drop", nn.Dropout(0.1))
+        assert len(Passes(model, FLOAT32).parts(rows)) == 1
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_layer_may_get_no_token_at_all(tiny: Any) -> None:
+    model = tiny.lora("llama")
+    with Passes(model, FLOAT32).quick():
+        layer = model.base_model.model.model.layers[0].mlp.gate_proj
+        x = torch.zeros(0, 32, requires_grad=True)
+        y = layer(x)
+        assert y.shape == (0, 48)
+        assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 32)
+
+
+def test_nothing_goes_on_once_one_part_has_failed() -> None:
+    begun: list[int] = []
+
+    def work(part: int) -> int:
+        begun.append(part)
+        if part == 1:
+            raise ValueError("part 1")
+        return part
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ValueError, match="part 1"):
+            list(side_by_side(work, 50))
+        assert len(begun) <= 5
+        first = side_by_side(lambda part: begun.append(part) or part, 50)
+        begun.clear()
+        assert next(first) == 0
+        first.close()
+        assert len(begun) <= 4
+        assert torch.get_num_threads() == 2
+        assert list(side_by_side(lambda part: part, 50)) == list(range(50))
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_bfloat16_rounds_no_more_than_the_models_own_code(tiny: Any) -> None:
@@ -152,10 +263,11 @@ def test_a_sequence_holds_every_token_at_its_place() -> None:
     expected += [[i, j] for i in range(7, 9) for j in [*range(4), *range(7, i + 1)]]
     assert seen == expected
     assert own_tokens(rows) == [3, 2]
-    assert layout.own.tolist() == [[4, 5, 6, 0], [7, 8, 0, 0], [0, 1, 2, 3]]
-    assert layout.real.sum(dim=1).tolist() == [3, 2, 4]
-    places = layout.own.flatten()[layout.place[: layout.used]]
-    assert places.tolist() == list(range(9))
+    assert layout.own.tolist() == [[4, 5, 6], [7, 8, 0]]
+    assert layout.real.sum(dim=1).tolist() == [3, 2]
+    assert layout.own.flatten()[layout.place[:5]].tolist() == list(range(4, 9))
+    assert (layout.mask[0] == 0).sum(dim=1).tolist() == [5, 6, 7]
+    assert (layout.before[0] == 0).sum(dim=1).tolist() == [1, 2, 3, 4]
 
 
 def test_the_layout_is_that_of_the_calling_thread() -> None:

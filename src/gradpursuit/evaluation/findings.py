@@ -168,7 +168,7 @@ class Findings:
                 yield Difference(target, key[4], metric, *key[:4], effect(values))
                 pairs.setdefault(key, []).append(values.mean(axis=0))
                 if metric == "loss":
-                    ratios.setdefault(key, []).append(np.log(right.mean(axis=0) / left.mean(axis=0)))
+                    ratios.setdefault(key, []).append(np.log(_above(right.mean(axis=0)) / _above(left.mean(axis=0))))
         if len(self.targets) > 1:
             for name, gathered in ((metric, pairs), ("log-loss", ratios)):
                 for key, rows in gathered.items():
@@ -185,6 +185,11 @@ class Findings:
                     yield cells, others, (strategy, budget, other, other_budget, protocol)
             if target in self._base:
                 yield cells, [self._base[target]], (strategy, budget, BASE, 0, protocol)
+
+
+def _above(losses: Scores) -> Scores:
+    """Losses are kept with six digits: what is zero there is less than that."""
+    return np.maximum(losses, 1e-6)
 
 
 def _complete(rows: Sequence[Scores], targets: int) -> bool:

@@ -136,7 +136,8 @@ class Explainer:
     @staticmethod
     def _stack(problem: SelectionProblem, features: TrajectoryFeatures, mean: Array) -> Any:
         norms = None if problem.pursuit.normalize == "none" else features.norms()
-        return pursuit_problem(features, mean, problem.rates, norms=norms, balance=problem.pursuit.balance)
+        rates = problem.rates_of(problem.pursuit.checkpoints)
+        return pursuit_problem(features, mean, rates, norms=norms, balance=problem.pursuit.balance)
 
     def _ridge(self, chosen: Any, mean: Array) -> float:
         """λ: `pursuit.alpha` times the mean squared length of the pool's rows; unit rows are all of one length."""

@@ -166,12 +166,12 @@ class SelectionProblem:
         return pursuit_problem(
             pool,
             target.group_means(self.groups) if per_group else target.group_mean(self.groups),
-            self._rates_of(settings.checkpoints),
+            self.rates_of(settings.checkpoints),
             norms=None if measured is None else measured.norms(),
             balance=settings.balance,
         )
 
-    def _rates_of(self, checkpoints: Sequence[int] | None) -> NDArray[np.float64]:
+    def rates_of(self, checkpoints: Sequence[int] | None) -> NDArray[np.float64]:
         """The learning rates, zero where a checkpoint does not count."""
         if checkpoints is None:
             return self.rates

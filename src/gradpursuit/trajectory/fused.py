@@ -94,38 +94,50 @@ class Rotate(torch.autograd.Function):
         return dx.transpose(1, 2), None, None, None
 
 
-class Attention(torch.autograd.Function):
-    """softmax(scaling · q kᵀ + mask) v of q [B, H, L, D], k and v [B, K, M, D], one dtype, as [B, L, H, D].
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """softmax(scaling · q kᵀ + mask) v of q [B, H, L, D], k and v [B, K, M, D], as [B, H, L, D]; weights [B, H, L, M].
 
-    The H / K heads that share keys are one matrix product, so that keys and values are never repeated.
+    `mask` [1 or B, L, M] float32 is added. The H / K heads that share keys are one matrix product, so that keys and
+    values are never repeated.
     """
+    (B, H, L, D), (_, K, M, _) = q.shape, k.shape
+    q, k, v = (x.reshape(B * K, -1, D) for x in (q, k, v))
+    weights = torch.bmm(q, k.transpose(1, 2)).view(B, H, L, M)
+    loops.softmax(_array(weights), _array(mask), scaling, _array(weights))
+    return torch.bmm(weights.view(B * K, -1, M), v).view(B, H, L, D), weights
+
+
+def _attend_backward(
+    delta: Tensor, q: Tensor, k: Tensor, v: Tensor, weights: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `_attend`: the gradients of q, k and v, for `delta` [B, H, L, D]."""
+    (B, H, L, D), (_, K, M, _) = q.shape, k.shape
+    q, k, v, delta = (x.reshape(B * K, -1, D) for x in (q, k, v, delta))
+    p = weights.view(B * K, -1, M)
+    dv, ds = torch.bmm(p.transpose(1, 2), delta), torch.bmm(delta, v.transpose(1, 2))
+    flat = _array(ds.view(-1, M))
+    loops.softmax_backward(flat, _array(weights.view(-1, M)), scaling, flat)
+    dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+    return dq.view(B, H, L, D), dk.view(B, K, M, D), dv.view(B, K, M, D)
+
+
+class Attention(torch.autograd.Function):
+    """softmax(scaling · q kᵀ + mask) v of q [B, H, L, D], k and v [B, K, M, D], one dtype, as [B, L, H, D]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float) -> Tensor:
         """`mask` [1 or B, 1, L, M] is added to the scores."""
-        (B, H, L, D), (_, K, M, _) = q.shape, k.shape
-        q, k, v = (x.detach().reshape(B * K, -1, D) for x in (q, k, v))
-        scores = torch.bmm(q, k.transpose(1, 2))
-        shape = (B, H, L, M)
-        loops.softmax(
-            _array(scores.view(shape)), _array(mask[:, 0].float().contiguous()), scaling, _array(scores.view(shape))
-        )
-        ctx.save_for_backward(q, k, v, scores)
-        ctx.shape, ctx.scaling = (B, H, L, D), scaling
-        return torch.bmm(scores, v).view(B, H, L, D).transpose(1, 2).contiguous()
+        q, k, v = (x.detach() for x in (q, k, v))
+        found, weights = _attend(q, k, v, mask[:, 0].float().contiguous(), scaling)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scaling = scaling
+        return found.transpose(1, 2).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of q, k and v."""
         q, k, v, weights = ctx.saved_tensors
-        B, H, L, D = ctx.shape
-        delta = deltas[0].transpose(1, 2).reshape(q.shape)
-        dv = torch.bmm(weights.transpose(1, 2), delta)
-        ds = torch.bmm(delta, v.transpose(1, 2))
-        M = ds.shape[2]
-        loops.softmax_backward(_array(ds.view(-1, M)), _array(weights.view(-1, M)), ctx.scaling, _array(ds.view(-1, M)))
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-        return dq.view(B, H, L, D), dk.view(B, -1, M, D), dv.view(B, -1, M, D), None, None
+        return *_attend_backward(deltas[0].transpose(1, 2), q, k, v, weights, ctx.scaling), None, None
 
 
 class PackedAttention(torch.autograd.Function):
@@ -134,51 +146,55 @@ class PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
         """[1, N, H, D]; tokens that belong to no row get those of another one."""
-        (_, H, _N, D), K = q.shape, k.shape[1]
+        (_, H, N, D), K, P = q.shape, k.shape[1], layout.shared
         R, L = layout.own.shape
-        q = _taken(q, layout.seen_by(H)[0]).view(R * K, -1, D)
-        k, v = (_taken(x, layout.seen_by(K)[1]).view(R * K, -1, D) for x in (k, v))
-        scores = torch.bmm(q, k.transpose(1, 2))
-        shaped = _array(scores.view(R, H, L, -1))
-        loops.softmax(shaped, _array(layout.mask), scaling, shaped)
-        ctx.save_for_backward(q, k, v, scores)
-        ctx.layout, ctx.scaling, ctx.shape = layout, scaling, (H, K, D)
-        found = torch.bmm(scores, v).view(R, H, L, D).transpose(1, 2).reshape(R * L, H * D)
-        return found.index_select(0, layout.place).view(1, -1, H, D)
+        first = [x.detach()[:, :, :P].contiguous() for x in (q, k, v)]
+        q = _taken(q, layout.seen_by(H)[0]).view(R, H, L, D)
+        k, v = (_taken(x, layout.seen_by(K)[1]).view(R, K, P + L, D) for x in (k, v))
+        found, weights = _attend(q, k, v, layout.mask, scaling)
+        out = q.new_empty(1, N, H, D)
+        rows = found.transpose(1, 2).reshape(R * L, H * D)
+        torch.index_select(rows, 0, layout.place, out=out.view(N, H * D)[P:])
+        before = q.new_empty(0)
+        if P:
+            head, before = _attend(first[0], first[1], first[2], layout.before, scaling)
+            out[:, :P] = head.transpose(1, 2)
+        ctx.save_for_backward(q, k, v, weights, *first, before)
+        ctx.layout, ctx.scaling = layout, scaling
+        return out
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of q, k and v; those of the common beginning are summed over rows in float32."""
-        q, k, v, weights = ctx.saved_tensors
+        q, k, v, weights, q0, k0, v0, before = ctx.saved_tensors
         layout: Layout = ctx.layout
-        H, K, D = ctx.shape
-        R, L = layout.own.shape
-        delta = deltas[0].reshape(-1, H * D).index_select(0, layout.own.flatten()).view(R, L, H, D)
-        delta = (delta * layout.real[:, :, None, None]).transpose(1, 2).reshape(q.shape)
-        dv = torch.bmm(weights.transpose(1, 2), delta)
-        ds = torch.bmm(delta, v.transpose(1, 2))
-        flat = _array(ds.view(-1, ds.shape[2]))
-        loops.softmax_backward(flat, _array(weights.view(flat.shape)), ctx.scaling, flat)
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
-
-        def in_sequence(d: Tensor) -> Tensor:
-            found = d.transpose(0, 1).reshape(d.shape[1], R * L, D).index_select(1, layout.place)
-            found[:, layout.used :] = 0
-            return found
-
-        def joined(d: Tensor) -> Tensor:
-            d = d.view(R, K, -1, D)
-            own, P = in_sequence(d[:, :, layout.shared :]), layout.shared
-            if P:
-                own[:, :P] = d[:, :, :P].float().sum(0).add_(own[:, :P])
-            return own[None]
-
-        return in_sequence(dq.view(R, H, L, D))[None], joined(dk), joined(dv), None, None
+        R, H, L, D = q.shape
+        P, delta = layout.shared, deltas[0]
+        rows = delta.reshape(-1, H * D).index_select(0, layout.own.flatten()).view(R, L, H, D)
+        rows = (rows * layout.real[:, :, None, None]).transpose(1, 2)
+        dq, dk, dv = _attend_backward(rows, q, k, v, weights, ctx.scaling)
+        found = [_in_sequence(dq, layout), *(_in_sequence(d[:, :, P:], layout) for d in (dk, dv))]
+        if P:
+            head = delta[:, :P].transpose(1, 2)
+            own = _attend_backward(head, q0, k0, v0, before, ctx.scaling)
+            found[0][:, :, :P] = own[0]
+            for all_of, mine, seen in zip(found[1:], own[1:], (dk, dv), strict=True):
+                all_of[:, :, :P] = seen[:, :, :P].float().sum(0, keepdim=True).add_(mine)
+        return *found, None, None
 
 
 def _taken(x: Tensor, places: Tensor) -> Tensor:
     """Of x [1, heads, N, D] the vectors at `places` in [heads · N]: [n, D]."""
     return x.detach().reshape(-1, x.shape[-1]).index_select(0, places)
+
+
+def _in_sequence(d: Tensor, layout: Layout) -> Tensor:
+    """d [R, heads, L, D] of the rows' own tokens as [1, heads, N, D]; what is no row's is zero."""
+    R, heads, L, D = d.shape
+    found = d.new_zeros(1, heads, layout.size, D)
+    used = layout.place[: layout.used - layout.shared]
+    found[0, :, layout.shared : layout.used] = d.transpose(0, 1).reshape(heads, R * L, D).index_select(1, used)
+    return found
 
 
 def _array(x: Tensor) -> NDArray[Any]:

@@ -25,6 +25,7 @@ logger = logging.getLogger("gradpursuit")
 _SHORTEST = 4  # tokens of a common beginning that are worth it
 _TOLERANCE = 1e-3  # relative, of float32 logits
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_NEARBY = ("window", "chunk", "block", "local_attention")  # in the names of settings
 _LEAST = torch.finfo(torch.float32).min
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -32,7 +33,7 @@ _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 class Layout:
     """Where the tokens of rows lie in one sequence, and how attention sees them: each row with the common beginning.
 
-    The beginning is a row of its own, the last one. Of R rows, the longest of which adds L tokens to a beginning of P:
+    Of R rows, the longest of which adds L tokens to a beginning of P:
 
     Attributes:
         size: N, tokens of the sequence.
@@ -41,27 +42,21 @@ class Layout:
         own: [R, L] int64, the place of each row's own tokens; 0 beyond its end.
         real: [R, L] bool, which of them are a row's.
         mask: [R, L, P + L] float32, added to the scores of a row's tokens with the beginning and the row.
-        place: [N] int64, of every token its place in [R · L]; 0 for what belongs to no row.
+        before: [1, P, P] float32, the same of the beginning's tokens.
+        place: [N - P] int64, of every token behind the beginning its place in [R · L]; 0 for padding.
     """
 
     def __init__(self, shared: int, lengths: Sequence[int], size: int) -> None:
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
         self.size, self.shared, self.used = size, shared, shared + sum(lengths)
-        starts = [shared + sum(lengths[:i]) for i in range(len(lengths))]
-        rows = [*zip(starts, lengths, strict=True), *([(0, shared)] if shared else [])]
-        longest = max(length for _, length in rows)
-        order = torch.arange(longest)
-        start, length = (torch.tensor(column)[:, None] for column in zip(*rows, strict=True))
-        self.real = order < length
-        self.own = torch.where(self.real, start + order, 0)
-        seen = order[:, None] >= order[None]
-        before = torch.ones(len(rows), 1, 1, dtype=torch.bool).expand(-1, longest, shared).clone()
-        if shared:
-            before[-1] = False  # the beginning itself has nothing before it
-        visible = torch.cat([before, seen.expand(len(rows), -1, -1)], dim=2)
-        self.mask = torch.zeros(visible.shape).masked_fill_(~visible, _LEAST)
-        self.place = torch.zeros(size, dtype=torch.long)
-        self.place[self.own[self.real]] = self.real.flatten().nonzero()[:, 0]
+        order, length = torch.arange(max(lengths)), torch.tensor(lengths)
+        start = shared + length.cumsum(0) - length
+        self.real = order < length[:, None]
+        self.own = torch.where(self.real, start[:, None] + order, 0)
+        self.before = _causal(shared)[None]
+        self.mask = torch.cat([torch.zeros(len(order), shared), _causal(len(order))], dim=1).repeat(len(lengths), 1, 1)
+        self.place = torch.zeros(size - shared, dtype=torch.long)
+        self.place[: self.used - shared] = self.real.flatten().nonzero()[:, 0]
 
     def seen_by(self, heads: int) -> tuple[Tensor, Tensor]:
         """Places in a sequence of `heads` heads [heads · N], row by row and head by head: of the rows' own tokens
@@ -82,6 +77,11 @@ class Layout:
             yield
         finally:
             _current.reset(token)
+
+
+def _causal(length: int) -> Tensor:
+    """[L, L], to be added to scores."""
+    return torch.full((length, length), _LEAST).triu(1)
 
 
 def current_layout(size: int) -> Layout | None:
@@ -149,11 +149,13 @@ def can_pack(model: nn.Module) -> bool:
 
 def _same_in_one_sequence(model: nn.Module) -> bool:
     config: Any = model.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(config, "sliding_window", None) or config.is_encoder_decoder:
+    config = config.get_text_config()
+    vocabulary: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+    weight: Any = getattr(vocabulary, "weight", None)
+    if getattr(config, "is_encoder_decoder", False) or weight is None or _looks_nearby(config):
         return False
     generator = torch.Generator().manual_seed(0)
-    made = torch.randint(0, int(config.vocab_size), (3, 14), generator=generator)
+    made = torch.randint(0, len(weight), (3, 14), generator=generator)
     made[:, :6] = made[0, :6]
     rows = [
         SimpleNamespace(input_ids=ids[:length], labels=[IGNORE] * 8 + ids[8:length])
@@ -179,6 +181,23 @@ def _same_in_one_sequence(model: nn.Module) -> bool:
         for module in training:
             module.training = True
     return True
+
+
+def _looks_nearby(config: Any) -> bool:
+    """Whether some layer attends by distance in the sequence: no short trial would show that."""
+    settings = config.to_dict()
+    kinds = [*(settings.get("layer_types") or ()), *(settings.get("attention_layers") or ())]
+    if any(kind not in ("full_attention", "global") for kind in kinds):
+        return True
+    named = {name for name, value in settings.items() if value and any(word in name for word in _NEARBY)}
+    return bool(named - {"max_window_layers", "use_sliding_window"})
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some layer drops at random in training."""
+    settings = model.config.to_dict()  # type: ignore[union-attr, operator]
+    named = any(value for name, value in settings.items() if name in ("attention_dropout", "attn_pdrop"))
+    return named or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 
 
 def own_tokens(rows: Sequence[Any]) -> list[int]:

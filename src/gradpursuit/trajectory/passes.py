@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from gradpursuit.trajectory.followed import Lora, is_linear, lora_of
 from gradpursuit.trajectory.loss import Predictions, SupervisedLoss, collate, token_batches
 from gradpursuit.trajectory.model import Compute
-from gradpursuit.trajectory.packed import can_pack, divide, own_tokens, pack
+from gradpursuit.trajectory.packed import can_pack, divide, has_dropout, own_tokens, pack
 from gradpursuit.trajectory.pieces import Pieces, forward_replaced
 from gradpursuit.trajectory.threads import TOKENS_PER_PART, side_by_side
 
 _PADDED, _PACKED = 4096, 512  # tokens of a batch that is scored
+_MOST_GRADIENTS = 1 << 26  # numbers that the gradients of all parts of a batch may take
 _LONGEST = 2048  # tokens of rows that share a sequence: its mask has the square of that
 
 
@@ -45,15 +46,16 @@ class Passes:
         self._model, self._dtype = model, compute.autocast
         self.loss = SupervisedLoss(model, compute)
         self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
-        self.on_cpu = compute.device.type == "cpu"
-        self._packs = self.on_cpu and can_pack(model)
-        self._pieces = Pieces(model)
-        self._frozen: dict[nn.Linear, _FrozenLinear] = {}
+        self._pieces = Pieces(model) if compute.device.type == "cpu" else None
+        self._packs = self._pieces is not None and self._pieces.attends and can_pack(model)
+        self._drops = has_dropout(model)
         self._casts = threading.local()  # threads may be at batches of their own
+        self._frozen: dict[nn.Linear, _FrozenLinear] = {}
 
     def predict(self, rows: Sequence[Any]) -> Predictions:
         """What the model says of rows, in one pass."""
-        if not self._packs or len(rows) == 1 or sum(own_tokens(rows)) > _LONGEST:
+        together = self._packs and len(rows) > 1 and not (self._drops and self._model.training)
+        if not together or len(rows[0].input_ids) + sum(own_tokens(rows)) > _LONGEST:
             return self.loss.predict(collate(rows, self._pad))
         batch, layout = pack(rows, self._pad)
         with layout.in_use():
@@ -61,10 +63,12 @@ class Passes:
 
     def parts(self, rows: Sequence[Any]) -> list[list[int]]:
         """Indices of the rows of a training batch in parts to be computed side by side: one for each thread that has
-        enough to do, each with about as many tokens."""
+        enough to do, each with about as many tokens. Where the model drops at random there is one part, so that the
+        same seed always drops the same."""
         sizes = own_tokens(rows)
-        threads = torch.get_num_threads() if self.on_cpu else 1
-        return divide(sizes, min(len(rows), threads, max(1, sum(sizes) // TOKENS_PER_PART)))
+        trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+        most = 1 if self._drops or self._pieces is None else max(1, _MOST_GRADIENTS // trained)
+        return divide(sizes, min(len(rows), torch.get_num_threads(), most, max(1, sum(sizes) // TOKENS_PER_PART)))
 
     def scored(
         self, rows: Sequence[Any], groups: Sequence[Sequence[int]] = ()
@@ -73,27 +77,35 @@ class Passes:
 
         Args:
             rows: any number.
-            groups: indices of the rows that are to be in a batch; none: rows of similar length.
+            groups: indices of rows that begin alike, and are to share a batch where that saves something; none: rows
+                of similar length do.
         """
-        if self._packs:
-            batches = groups or token_batches(own_tokens(rows), _PACKED)
-        else:
-            batches = groups or token_batches([len(row.input_ids) for row in rows], _PADDED)
+        batches = self._batches(rows, groups)
 
         def work(part: int) -> Predictions:
             with torch.inference_mode():
                 return self.predict([rows[i] for i in batches[part]])
 
         with self.quick():
-            if self.on_cpu:
-                yield from zip(batches, side_by_side(work, len(batches)), strict=True)
-            else:
+            if self._pieces is None:
                 yield from ((batch, work(part)) for part, batch in enumerate(batches))
+            else:
+                yield from zip(batches, side_by_side(work, len(batches)), strict=True)
+
+    def _batches(self, rows: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+        if not self._packs:
+            workers = 1 if self._pieces is None else torch.get_num_threads()
+            return token_batches([len(row.input_ids) for row in rows], _PADDED // workers)
+        found = []
+        for group in groups or [range(len(rows))]:
+            sizes = own_tokens([rows[i] for i in group])
+            found += [[group[i] for i in batch] for batch in token_batches(sizes, _PACKED)]
+        return found
 
     @contextmanager
     def quick(self) -> Iterator[None]:
         """Replace the forward methods of layers and pieces inside the block."""
-        if not self.on_cpu:
+        if self._pieces is None:
             yield
             return
         head = self._model.get_output_embeddings()  # type: ignore[operator]
@@ -178,7 +190,7 @@ class LoraProduct(torch.autograd.Function):
         y = F.linear(rows, layer.weight, layer.bias).addmm_(inner, b.t())
         ctx.save_for_backward(rows, inner, a, b)
         ctx.layer, ctx.scaling = layer, scaling
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
@@ -189,7 +201,7 @@ class LoraProduct(torch.autograd.Function):
         di = dy @ b
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = (dy @ layer.weight).addmm_(di, a).view(*delta.shape[:-1], -1)
+            dx = (dy @ layer.weight).addmm_(di, a).view(*delta.shape[:-1], a.shape[1])
         da = (di.t() @ rows).to(ctx.dtypes[0]) * ctx.scaling
         db = (inner.t() @ dy).to(ctx.dtypes[1]).t().contiguous()  # quicker than the product that is r wide
         return dx, da, db, None, None, None

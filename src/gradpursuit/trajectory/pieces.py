@@ -22,6 +22,7 @@ from gradpursuit.trajectory.fused import Attention, Gate, PackedAttention, RmsNo
 from gradpursuit.trajectory.packed import current_layout
 
 Remember = Callable[[Tensor, Tensor], None]
+_ATTENTION = "eager_attention_forward"
 _TOLERANCE = 1e-4  # relative, of float32 numbers
 
 
@@ -39,11 +40,16 @@ class Pieces:
         for code in {sys.modules[type(m).__module__] for m in modules}:
             for name, fuse, same in (
                 ("apply_rotary_pos_emb", _rotary, _same_rotary),
-                ("eager_attention_forward", _attention, _same_attention),
+                (_ATTENTION, _attention, _same_attention),
             ):
                 plain = getattr(code, name, None)
                 if plain is not None and same(plain, fuse(plain)):
                     self._functions.append((code, name, fuse(plain)))
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is one of them."""
+        return any(name == _ATTENTION for _, name, _ in self._functions)
 
     @contextmanager
     def fused(self, remember: Remember) -> Iterator[None]:
@@ -94,12 +100,12 @@ def _norm_weight(norm: nn.Module) -> Callable[[], Tensor] | None:
     return None
 
 
-def _fused_norm(norm: nn.Module, weight: Callable[[], Tensor], remember: Remember) -> Callable[[Tensor], Tensor]:
+def _fused_norm(norm: nn.Module, weight: Callable[[], Tensor], remember: Remember) -> Callable[..., Tensor]:
     plain = norm.forward
 
-    def forward(x: Tensor) -> Tensor:
-        if x.dtype != torch.float32:
-            return plain(x)
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args or kwargs or x.dtype != torch.float32:  # such as the gate of a norm that may have one
+            return plain(x, *args, **kwargs)
         y, low = RmsNorm.apply(x, weight(), _eps(norm), compute_dtype(x))
         if low.dtype != y.dtype:
             remember(y, low)
@@ -147,6 +153,8 @@ def _attention(plain: Callable[..., Any]) -> Callable[..., Any]:
             and attention_mask is not None
             and attention_mask.dim() == 4
             and attention_mask.shape[1:] == (1, query.shape[2], key.shape[2])
+            and value.shape == key.shape
+            and query.shape[3] == key.shape[3]
             and kwargs.get("scaling") is not None
             and not kwargs.get("dropout")
             and all(kwargs.get(name) is None for name in special)

@@ -7,8 +7,9 @@ of work beside it: threads with rows of their own wait for each other once a bat
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from functools import cache
 from typing import TypeVar
@@ -23,7 +24,8 @@ _M_ARENA_MAX = -8  # malloc.h of glibc
 def side_by_side(work: Callable[[int], T], parts: int) -> Iterator[T]:
     """`work(0)` … `work(parts - 1)`, in this order, computed by threads that have an equal share of torch's threads.
 
-    One part, or one thread, is computed by the caller itself.
+    One part, or one thread, is computed by the caller itself. No more is begun than there are threads, and one; when
+    the iterator ends, early or with an error of one part, nothing goes on.
     """
     threads = torch.get_num_threads()
     workers = min(threads, parts)
@@ -35,9 +37,18 @@ def side_by_side(work: Callable[[int], T], parts: int) -> Iterator[T]:
         torch.set_num_threads(threads // workers)
         return work(part)
 
+    begun: deque[Future[T]] = deque()
     try:
-        yield from _pool(threads).map(shared, range(parts))
+        for part in range(parts):
+            begun.append(_pool(threads).submit(shared, part))
+            if len(begun) > workers:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
     finally:
+        for future in begun:
+            future.cancel()
+        wait(begun)
         torch.set_num_threads(threads)  # threads started later take over the last number that was set anywhere
 
 
