@@ -74,7 +74,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits the addr
 @pytest.fixture(scope="module")
 def computed() -> dict[str, dict[str, object]]:
     """What was computed of each case, in a process with that many MB more than it has when it begins."""
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {here!r})\n{CHILD}", json.dumps(CASES)],
         capture_output=True,
