@@ -137,13 +137,22 @@ def collected(bench: Bench, targets: list[str], overrides: list[str]) -> bool:
     """Warm-up, gradients of the pool, and of the targets: what is there with these settings is kept."""
     if not all(done(verb, bench, overrides) for verb in ("warmup", "collect")):
         return False
+
+    def add(run: Run) -> None:
+        for name in targets:
+            paths = [str(bench.folder / "input" / f"{name}.{kind}.jsonl") for kind in ("target", "heldout")]
+            add_target(run, name, TargetFiles(paths[:1], paths[1:]), replace=True)
+
+    return worked(bench, overrides, add)
+
+
+def worked(bench: Bench, overrides: list[str], work: Callable[[Run], None]) -> bool:
+    """Do something with the run as it is configured; whether that ended well."""
     settings = [f"{flag[2:]}={value}" for flag, value in zip(overrides[::2], overrides[1::2], strict=True)]
     run = Run(load_config(bench.config, settings))
     try:
         with at_work(run):
-            for name in targets:
-                paths = [str(bench.folder / "input" / f"{name}.{kind}.jsonl") for kind in ("target", "heldout")]
-                add_target(run, name, TargetFiles(paths[:1], paths[1:]), replace=True)
+            work(run)
     except GradPursuitError as error:
         bench.fail(str(error))
         return False
@@ -163,7 +172,8 @@ def run_part(bench: Bench, name: str, settings: Tree) -> None:
         targets = [*bench.names("TARGETS"), *bench.names("DEVELOPMENT")]
     overrides = flags({**settings, "selection": {"strategies": strategies}, "evaluation": evaluation})
     start = time.monotonic()
-    if not collected(bench, targets, overrides) or not done("run", bench, overrides):
+    made = collected(bench, targets, overrides)
+    if not made or not worked(bench, overrides, lambda run: run.execute("evaluation")):
         bench.fail(f"part {name} ended with an error (above)")
         return
     keep(bench, name, overrides, time.monotonic() - start)
