@@ -114,6 +114,23 @@ def test_balanced_checkpoints_have_equal_targets() -> None:
     np.testing.assert_allclose(shares, [3e-4, 2e-4, 1e-4], rtol=1e-6)
 
 
+def test_checkpoints_that_do_not_count_are_as_if_they_were_not_there() -> None:
+    whole, second = problem(), problem(checkpoints=[2])
+    A, b = second.matching()
+    columns = np.asarray(A.columns(np.arange(A.shape[1]))).reshape(T, D, -1)
+    exact = np.asarray(whole.matching()[0].columns(np.arange(A.shape[1]))).reshape(T, D, -1)
+    np.testing.assert_array_equal(columns[1], exact[1])
+    np.testing.assert_array_equal(b.reshape(T, D)[1], whole.matching()[1].reshape(T, D)[1])
+    for t in {*range(T)} - {1}:
+        assert not columns[t].any()
+        assert not b.reshape(T, D)[t].any()
+    zeros = np.zeros((M, D), dtype=np.float32)
+    gone = {name: TrajectoryFeatures([[zeros], *f.blocks[1:]]) for name, f in second.target.items()}
+    replace(second, target=gone).matching()  # a target that is zero where nothing counts
+    with pytest.raises(SelectionError, match=rf"there is no checkpoint {T + 1}; the trajectory has {T}"):
+        problem(checkpoints=[1, T + 1]).matching()
+
+
 def test_zero_target_is_refused() -> None:
     pool = features(np.random.default_rng(0), N)
     with pytest.raises(SelectionError, match="zero at checkpoint 2"):
