@@ -85,12 +85,13 @@ class Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of x."""
+        """The gradient of x: turned back, which is turned by the other half's sine, negated."""
         cos, sin = ctx.saved_tensors
         delta = deltas[0].contiguous()
         B, H, L, D = delta.shape
         dx = torch.empty(B, L, H, D, dtype=ctx.dtype)
-        loops.rotate_backward(_array(delta), _array(cos), _array(sin), _array(dx))
+        other = -sin.roll(D // 2, dims=-1)
+        loops.rotate_back(_array(delta), _array(cos), _array(other), _array(dx))
         return dx.transpose(1, 2), None, None, None
 
 

@@ -134,38 +134,34 @@ def gate_backward(dy: Any, g: Any, u: Any, dg: Any, du: Any) -> None:
         dg[j] = rounded(dg[j], d * load(u[j]) * s * (_F32(1) + a * (_F32(1) - s)))
 
 
+@njit(nogil=True, error_model="numpy", fastmath=FAST, inline="always")
+def _turn(x: Any, c: Any, s: Any, y: Any) -> None:
+    """One vector [D]: y = x · c + (-x₂, x₁) · s of its halves."""
+    half = len(x) // 2
+    for j in range(half):
+        p, q = load(x[j]), load(x[j + half])
+        y[j] = rounded(y[j], p * c[j] - q * s[j])
+        y[j + half] = rounded(y[j + half], q * c[j + half] + p * s[j + half])
+
+
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
 def rotate(x: Any, cos: Any, sin: Any, y: Any) -> None:
     """Rotary positions by cos and sin [1 or B, L, D]: of x [B, L, H, D], as y [B, H, L, D]."""
-    B, L, H, D = x.shape
-    half = D // 2
-    for b in range(B):
+    for b in range(len(x)):
         at = b if len(cos) > 1 else 0
-        for i in range(L):
-            c, s = cos[at, i], sin[at, i]
-            for h in range(H):
-                row, out = x[b, i, h], y[b, h, i]
-                for j in range(half):
-                    p, q = load(row[j]), load(row[j + half])
-                    out[j] = rounded(out[j], p * c[j] - q * s[j])
-                    out[j + half] = rounded(out[j + half], q * c[j + half] + p * s[j + half])
+        for i in range(x.shape[1]):
+            for h in range(x.shape[2]):
+                _turn(x[b, i, h], cos[at, i], sin[at, i], y[b, h, i])
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
-def rotate_backward(dy: Any, cos: Any, sin: Any, dx: Any) -> None:
-    """Of `rotate`: the gradient of x [B, L, H, D]."""
-    B, L, H, D = dx.shape
-    half = D // 2
-    for b in range(B):
+def rotate_back(x: Any, cos: Any, sin: Any, y: Any) -> None:
+    """The same of x [B, H, L, D], as y [B, L, H, D]."""
+    for b in range(len(x)):
         at = b if len(cos) > 1 else 0
-        for i in range(L):
-            c, s = cos[at, i], sin[at, i]
-            for h in range(H):
-                delta, out = dy[b, h, i], dx[b, i, h]
-                for j in range(half):
-                    p, q = load(delta[j]), load(delta[j + half])
-                    out[j] = rounded(out[j], p * c[j] + q * s[j + half])
-                    out[j + half] = rounded(out[j + half], q * c[j + half] - p * s[j])
+        for i in range(x.shape[2]):
+            for h in range(x.shape[1]):
+                _turn(x[b, h, i], cos[at, i], sin[at, i], y[b, i, h])
 
 
 @njit(nogil=True, error_model="numpy", fastmath=FAST)
