@@ -36,9 +36,9 @@ def write_defaults(results: Path) -> None:
             loss = _difference(scores[budget, "loss"], reference[budget, "loss"])
             match = _difference(reference[budget, "exact_match"], scores[budget, "exact_match"])
             ratio = _difference(_logs(scores[budget, "loss"]), _logs(reference[budget, "loss"]))
-            cells = [name, budget, _interval(loss), _interval(ratio), f"{ratio.detectable:.3f}"]
+            cells = [name, budget, interval(loss), interval(ratio), f"{ratio.detectable:.3f}"]
             cells += [f"{loss.positive}/{loss.pairs}" + (f", {loss.ties} ties" if loss.ties else "")]
-            lines.append("| " + " | ".join([*cells, _interval(match)]) + " |")
+            lines.append("| " + " | ".join([*cells, interval(match)]) + " |")
     write_text(results / "defaults.md", "\n".join(lines) + "\n")
 
 
@@ -68,5 +68,5 @@ def _logs(scores: Scores) -> Scores:
     return {key: math.log(value) for key, value in scores.items()}
 
 
-def _interval(found: Effect) -> str:
+def interval(found: Effect) -> str:
     return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from defaults import interval
 
-from gradpursuit.evaluation.statistics import Effect, effect
+from gradpursuit.evaluation.statistics import effect
 from gradpursuit.files import write_text
 
 REFERENCE, BASE = "gtp", "base"
@@ -46,7 +47,7 @@ def write_summary(results: Path, part: str) -> None:
     ]
     for (protocol, strategy, budget), rows in sorted(groups.items(), key=lambda item: (item[0][0], item[0][2])):
         gain = effect(np.array([base[target] - loss for target, loss in _losses(targets, rows)]))
-        found = [protocol, strategy, str(budget or "–"), _interval(gain)]
+        found = [protocol, strategy, str(budget or "–"), interval(gain)]
         found += _against(targets, rows, groups.get((protocol, REFERENCE, budget)), strategy)
         found += [f"{np.mean([float(row['exact_match']) for row in rows]):.2f}"]
         found += [f"{np.mean([float(row['copies']) for row in rows]):.1f}"]
@@ -66,8 +67,4 @@ def _against(targets: Sequence[str], rows: Sequence[Cell], reference: list[Cell]
     ratio = [np.log(ours / theirs) for (_, ours), (_, theirs) in
              zip(_losses(targets, rows), _losses(targets, reference), strict=True)]  # fmt: skip
     found = effect(np.stack(ratio))
-    return [_interval(found), f"{found.positive}/{found.pairs}", f"{found.detectable:.3f}"]
-
-
-def _interval(found: Effect) -> str:
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+    return [interval(found), f"{found.positive}/{found.pairs}", f"{found.detectable:.3f}"]

@@ -19,12 +19,11 @@ from gradpursuit.evaluation.answers import Question, plain_text, stop_tokens
 from gradpursuit.progress import Progress
 from gradpursuit.trajectory.loss import token_batches
 from gradpursuit.trajectory.model import Compute
-from gradpursuit.trajectory.passes import Passes
+from gradpursuit.trajectory.passes import TOKENS_PER_BATCH, Passes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKENS_PER_BATCH = 4096
 _SPARE = 8  # tokens that an answer may take beyond those of the longest expected one
 
 

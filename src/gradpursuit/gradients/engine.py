@@ -23,9 +23,10 @@ from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import SupervisedLoss, collate, padded_width, token_batches
 from gradpursuit.trajectory.model import Compute, trainable
-from gradpursuit.trajectory.threads import TOKENS_PER_PART, side_by_side
+from gradpursuit.trajectory.threads import side_by_side
 
 logger = logging.getLogger("gradpursuit")
+TOKENS_PER_PART = 256  # matrix products of fewer rows are slow
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def _looks_nearby(config: Any) -> bool:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether some layer drops at random in training."""
-    settings = model.config.to_dict()  # type: ignore[union-attr, operator]
+    config: Any = model.config
+    settings = config.get_text_config().to_dict()
     named = any(value for name, value in settings.items() if name in ("attention_dropout", "attn_pdrop"))
     return named or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
 

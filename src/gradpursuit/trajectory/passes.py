@@ -21,9 +21,10 @@ from gradpursuit.trajectory.loss import Predictions, SupervisedLoss, collate, to
 from gradpursuit.trajectory.model import Compute
 from gradpursuit.trajectory.packed import can_pack, divide, has_dropout, own_tokens, pack
 from gradpursuit.trajectory.pieces import Pieces, forward_replaced
-from gradpursuit.trajectory.threads import TOKENS_PER_PART, side_by_side
+from gradpursuit.trajectory.threads import side_by_side
 
-_PADDED, _PACKED = 4096, 512  # tokens of a batch that is scored
+TOKENS_PER_BATCH = 4096  # padded, of a batch that is scored
+_PACKED, _PART = 512, 128  # tokens of rows in one sequence: of a batch that is scored, and of a thread in training
 _MOST_GRADIENTS = 1 << 26  # numbers that the gradients of all parts of a batch may take
 _LONGEST = 2048  # tokens of rows that share a sequence: its mask has the square of that
 
@@ -31,8 +32,8 @@ _LONGEST = 2048  # tokens of rows that share a sequence: its mask has the square
 class Passes:
     """A model's passes over rows with `input_ids` and `labels`.
 
-    On a CPU, rows share a sequence where the model allows it, and inside :meth:`quick` its layers are those above. On
-    other devices rows are padded, and nothing is replaced.
+    On a CPU, rows share a sequence where the model allows it, and inside :meth:`quick` its layers are replaced by
+    quicker ones. On other devices rows are padded, and nothing is replaced.
 
     Args:
         model: with trainable LoRA adapters or trainable layers; only layers with an adapter are replaced.
@@ -49,6 +50,7 @@ class Passes:
         self._pieces = Pieces(model) if compute.device.type == "cpu" else None
         self._packs = self._pieces is not None and self._pieces.attends and can_pack(model)
         self._drops = has_dropout(model)
+        self._trained = max(1, sum(p.numel() for p in model.parameters() if p.requires_grad))
         self._casts = threading.local()  # threads may be at batches of their own
         self._frozen: dict[nn.Linear, _FrozenLinear] = {}
 
@@ -66,9 +68,8 @@ class Passes:
         enough to do, each with about as many tokens. Where the model drops at random there is one part, so that the
         same seed always drops the same."""
         sizes = own_tokens(rows)
-        trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
-        most = 1 if self._drops or self._pieces is None else max(1, _MOST_GRADIENTS // trained)
-        return divide(sizes, min(len(rows), torch.get_num_threads(), most, max(1, sum(sizes) // TOKENS_PER_PART)))
+        most = 1 if self._drops or self._pieces is None else max(1, _MOST_GRADIENTS // self._trained)
+        return divide(sizes, min(len(rows), torch.get_num_threads(), most, max(1, sum(sizes) // _PART)))
 
     def scored(
         self, rows: Sequence[Any], groups: Sequence[Sequence[int]] = ()
@@ -95,7 +96,7 @@ class Passes:
     def _batches(self, rows: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:
         if not self._packs:
             workers = 1 if self._pieces is None else torch.get_num_threads()
-            return token_batches([len(row.input_ids) for row in rows], _PADDED // workers)
+            return token_batches([len(row.input_ids) for row in rows], TOKENS_PER_BATCH // workers)
         found = []
         for group in groups or [range(len(rows))]:
             sizes = own_tokens([rows[i] for i in group])

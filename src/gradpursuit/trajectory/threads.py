@@ -17,7 +17,6 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-TOKENS_PER_PART = 128  # matrix products of fewer rows are slow
 _M_ARENA_MAX = -8  # malloc.h of glibc
 
 

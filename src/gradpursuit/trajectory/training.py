@@ -47,7 +47,7 @@ class TrainSpec:
 
 @dataclass(frozen=True)
 class TrainingRow:
-    """What the collator reads of a row, and the weight of its loss."""
+    """What a step reads of a row, and the weight of its loss."""
 
     input_ids: list[int]
     labels: list[int]
