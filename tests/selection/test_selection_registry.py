@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gradpursuit.cli import main
-from gradpursuit.config import RunConfig
+from gradpursuit.config import RunConfig, build_config
 from gradpursuit.errors import ConfigError, SelectionError
 from gradpursuit.gradient_stage import FEATURE_OPTIONS, feature_requests
 from gradpursuit.gradients.forward import EMBEDDING
@@ -202,6 +202,17 @@ def test_wrong_options_are_refused_before_any_work(options: dict[str, object], w
         check_strategies(config(strategies=["random", *options], options=options))
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_checkpoints_that_will_not_be_there_are_refused_before_any_work() -> None:
+    tree = {"model": {"path": "m"}, "data": {"pool": "p", "target": "t"}, "warmup": {"checkpoints": 2}}
+    late = {"selection": {"options": {"late": {"selector": "gtp", "checkpoints": [3]}}}}
+    for own, where in (({"pursuit": {"checkpoints": "1,3"}}, "pursuit"), (late, r"selection\.options\.late")):
+        with pytest.raises(ConfigError, match=rf"^{where}\.checkpoints: there is no checkpoint 3, the warm-up keeps 2"):
+            check_strategies(build_config({**tree, **own}, "test"))
+    made = build_config({**tree, "pursuit": {"checkpoints": 2}}, "test")
+    assert made.pursuit.checkpoints == [2]
+    check_strategies(made)
 
 
 def test_entries_that_are_not_listed_are_checked_too() -> None:

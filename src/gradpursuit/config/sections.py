@@ -157,6 +157,14 @@ class MatchingSection(Section):
     )
     rank: Whole = Field(32, ge=1, description="r: dimensions of that subspace; fewer where the features have fewer")
 
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return [value]
+        found = listed(value)
+        return [int(name) if name.isdecimal() else name for name in found] if isinstance(value, str) else found
+
 
 class PursuitSection(MatchingSection):
     """The joint selection."""

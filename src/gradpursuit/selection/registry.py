@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-from gradpursuit.config import RunConfig, build_section, target_name
+from gradpursuit.config import MatchingSection, RunConfig, build_section, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, SelectionError, nearest
 from gradpursuit.plugins import distribution as named_distribution
 from gradpursuit.plugins import registered
@@ -138,12 +138,14 @@ def check_strategies(config: RunConfig) -> None:
     """Refuse what can be known before any work.
 
     Raises:
-        ConfigError: a strategy is unknown, options are wrong, or a strategy needs a target where there is none.
+        ConfigError: a strategy is unknown, options are wrong, a strategy needs a target where there is none, or a
+            checkpoint is to count that the warm-up will not keep.
     """
     selection = config.selection
     settings = Settings(config.gradients, config.pursuit, selection.options)
     for name in selection.options:
-        settings.strategy(name)
+        _check_checkpoints(config, f"selection.options.{name}", settings.strategy(name).method)
+    _check_checkpoints(config, "pursuit", config.pursuit)
     for name in selection.strategies:
         needs = settings.strategy(name).needs(settings)
         if needs.target == "rows" and config.data.in_domain and not selection.target:
@@ -151,6 +153,16 @@ def check_strategies(config: RunConfig) -> None:
                 f"selection.strategies: '{name}' needs the rows of a target, but data.target is the pool itself; give "
                 "target files, or leave it out"
             )
+
+
+def _check_checkpoints(config: RunConfig, where: str, section: object) -> None:
+    """How many a given trajectory has is known once it is read."""
+    wanted = (section.checkpoints if isinstance(section, MatchingSection) else None) or [1]
+    if not config.warmup.trajectory and max(wanted) > config.warmup.checkpoints:
+        raise ConfigError(
+            f"{where}.checkpoints: there is no checkpoint {max(wanted)}, the warm-up keeps {config.warmup.checkpoints} "
+            "(warmup.checkpoints), numbered from 1"
+        )
 
 
 def describe_strategies() -> list[dict[str, Any]]:
