@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from gradpursuit.config import LoraSection
 from gradpursuit.data import IGNORE
@@ -29,6 +30,7 @@ from gradpursuit.trajectory.packed import (
 from gradpursuit.trajectory.passes import Passes
 from gradpursuit.trajectory.pieces import Pieces
 from gradpursuit.trajectory.threads import side_by_side
+from gradpursuit.trajectory.training import TrainSpec, train
 from tiny import randomize
 
 FLOAT32 = Compute(torch.device("cpu"), None)
@@ -333,3 +335,39 @@ def test_norms_that_are_trained_keep_their_own_code(tiny: Any) -> None:
     model = tiny.lora("llama")
     model.base_model.model.model.norm.weight.requires_grad_(True)
     assert len(Pieces(model)._norms) == 4
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_training_step_has_the_gradient_of_the_weighted_batch(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    model, rows, weights = tiny.lora("llama"), alike(tiny, [20, 13, 17, 25, 11], 5), [0.5, 2.0, 1.0, 0.25, 1.25]
+    expected = {name: torch.zeros_like(parameter) for name, parameter in trainable(model).items()}
+    for weight, one in zip(weights, rows, strict=True):
+        for name, gradient in tiny.oracle(model, one)[1].items():
+            expected[name] += weight * gradient / len(rows)
+    norm = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    parts: list[int] = []
+    found: dict[str, Tensor] = {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, *_args: Any, **_kwargs: Any) -> None:
+            found.update((name, parameter.grad.clone()) for name, parameter in trainable(model).items())
+
+    def counted(self: Passes, rows: Any) -> Any:
+        parts.append(len(rows))
+        return predict(self, rows)
+
+    predict = Passes.predict
+    monkeypatch.setattr(Passes, "predict", counted)
+    monkeypatch.setattr(passes_module, "_PART", 1)
+    torch.set_num_threads(threads)
+    try:
+        train(model, rows, TrainSpec(1, len(rows), 1e-3, 0, "one step"), FLOAT32, weights=weights, callbacks=[Watch()])
+    finally:
+        torch.set_num_threads(1)
+    assert (len(parts), sum(parts)) == (threads, len(rows))
+    for name, gradient in found.items():
+        exact = expected[name] / max(1.0, float(norm))  # the Trainer clips to length 1
+        assert float((gradient - exact).norm()) <= 2e-3 * float(exact.norm()), name
+    assert found.keys() == expected.keys()
