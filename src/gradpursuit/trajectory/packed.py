@@ -25,7 +25,9 @@ logger = logging.getLogger("gradpursuit")
 _SHORTEST = 4  # tokens of a common beginning that are worth it
 _TOLERANCE = 1e-3  # relative, of float32 logits
 _tried: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-_NEARBY = ("window", "chunk", "block", "local_attention")  # in the names of settings
+# In the names of settings: attention by distance, and attention that would look at all pairs of a sequence, as its
+# keys and values differ in size.
+_UNSUITED = ("window", "chunk", "block", "local_attention", "kv_lora_rank")
 _LEAST = torch.finfo(torch.float32).min
 _current: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -138,7 +140,7 @@ def common_prefix(rows: Sequence[Any]) -> int:
 def can_pack(model: nn.Module) -> bool:
     """Whether a model gives rows in one sequence the logits that it gives them alone: its own code is tried out.
 
-    Models whose layers look at a window, or carry a state along, are never packed. A base model is tried once,
+    Models whose layers look at a window, carry a state along or attend to latent vectors are never packed. A base model is tried once,
     whatever adapter it has later.
     """
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -152,7 +154,7 @@ def _same_in_one_sequence(model: nn.Module) -> bool:
     config = config.get_text_config()
     vocabulary: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     weight: Any = getattr(vocabulary, "weight", None)
-    if getattr(config, "is_encoder_decoder", False) or weight is None or _looks_nearby(config):
+    if getattr(config, "is_encoder_decoder", False) or weight is None or _attends_otherwise(config):
         return False
     generator = torch.Generator().manual_seed(0)
     made = torch.randint(0, len(weight), (3, 14), generator=generator)
@@ -183,13 +185,13 @@ def _same_in_one_sequence(model: nn.Module) -> bool:
     return True
 
 
-def _looks_nearby(config: Any) -> bool:
-    """Whether some layer attends by distance in the sequence: no short trial would show that."""
+def _attends_otherwise(config: Any) -> bool:
+    """Whether some layer attends in a way that one sequence does not suit: no short trial would show that."""
     settings = config.to_dict()
     kinds = [*(settings.get("layer_types") or ()), *(settings.get("attention_layers") or ())]
     if any(kind not in ("full_attention", "global") for kind in kinds):
         return True
-    named = {name for name, value in settings.items() if value and any(word in name for word in _NEARBY)}
+    named = {name for name, value in settings.items() if value and any(word in name for word in _UNSUITED)}
     return bool(named - {"max_window_layers", "use_sliding_window"})
 
 
