@@ -140,8 +140,8 @@ def common_prefix(rows: Sequence[Any]) -> int:
 def can_pack(model: nn.Module) -> bool:
     """Whether a model gives rows in one sequence the logits that it gives them alone: its own code is tried out.
 
-    Models whose layers look at a window, carry a state along or attend to latent vectors are never packed. A base model is tried once,
-    whatever adapter it has later.
+    Models whose layers look at a window, carry a state along or attend to latent vectors are never packed. A base
+    model is tried once, whatever adapter it has later.
     """
     base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     if base not in _tried:
