@@ -86,7 +86,7 @@ def test_some_strategies_alone_and_the_first_is_the_reference(run: Path) -> None
     ("flags", "message"),
     [
         (["--evaluation.budgets", "40"], "evaluation.budgets: 40 examples, but only 31 of the pool can be chosen for"),
-        (["--targets", "nobody"], "selection.target 'nobody': the run has no such target (added: other)"),
+        (["--targets", "nobody"], "target 'nobody': the run has no such target (added: other)"),
         (["--targets", "own,own"], "'evaluation.targets' = ['own', 'own']: an entry is listed twice"),
         (["--evaluation.strategies", "omp"], "evaluation.strategies: omp not among selection.strategies (gtp, less"),
         (["--evaluation.budgets", "1.5"], "a count of examples is at least 1, a share of the pool above 0"),

@@ -272,6 +272,21 @@ def test_a_list_of_names_may_be_a_text_with_commas(tmp_path: Path, key: str) -> 
         assert value("q.{1,2}proj") == "q.{1,2}proj", "an expression"
 
 
+def test_budgets_and_checkpoints(tmp_path: Path) -> None:
+    assert load(tmp_path, MINIMAL, "evaluation.budgets=50,100").evaluation.budgets == [50, 100]
+    assert load(tmp_path, MINIMAL, "evaluation.budgets=50, 0.5").evaluation.budgets == [50, 0.5]
+    for wrong in ("5%", "[a]", "[true]"):
+        text = message(tmp_path, MINIMAL, f"evaluation.budgets={wrong}")
+        assert "expected a count of examples, such as 50, or a share of the pool, such as 0.05" in text
+    for wrong in ("0", "1.5", "[.nan]", "-1", "50.0"):
+        text = message(tmp_path, MINIMAL, f"evaluation.budgets={wrong}")
+        assert text.count("a count of examples is at least 1, a share of the pool above 0 and at most 1") == 1
+    assert "listed twice" in message(tmp_path, MINIMAL, "evaluation.budgets=[50, 50]")
+    assert load(tmp_path, MINIMAL, "pursuit.checkpoints=[3, 1]").pursuit.checkpoints == [1, 3]
+    assert "a checkpoint is listed twice" in message(tmp_path, MINIMAL, "pursuit.checkpoints=[1, 1]")
+    assert "expected at least one entry" in message(tmp_path, MINIMAL, "pursuit.checkpoints=[]")
+
+
 def test_both_budgets(tmp_path: Path) -> None:
     text = message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
     assert text == "--selection.k, --selection.fraction: 'selection': k and fraction are both given: give one of them"

@@ -119,7 +119,8 @@ def test_a_run_tells_people_on_stderr_and_programs_on_stdout(job: Job, capsys: p
     found = json.loads(capsys.readouterr().out)
     assert [line["strategy"] for line in found["comparison"]] == ["gtp", "less", "random", "full"]
     assert found["seconds"]["evaluation"] > 0
-    assert [Path(path).name for path in found["files"]] == ["evaluation", "report.html", "report.json"]
+    assert found["files"][:3] == wanted
+    assert [Path(path).name for path in found["files"][3:]] == ["evaluation", "report.html", "report.json"]
     assert found["next"] == f"python -m webbrowser {(job.run_dir / 'report.html').as_uri()}"
 
     for verb in (["status"], ["verify", "--sample", "1"], ["target", "list"], ["report"]):

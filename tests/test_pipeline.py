@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,41 @@ def test_strategies_that_are_no_longer_asked_for_leave_nothing_behind(
     finished: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done = counted(monkeypatch)
-    assert main(["select", str(finished.run_dir), "--selection.strategies", "[omp, gtp]"]) == 2  # other features
-    assert main(["run", str(finished.path), "--selection.strategies", "[omp, gtp]"]) == 0
+    assert main(["run", str(finished.path), "--selection.strategies", "[bids, el2n, gtp]"]) == 0
     assert done == ["gradients", "selection", "export", "evaluation", "report"]
-    assert set(chosen(finished.run_dir)) == {"omp", "gtp"}
+    assert set(chosen(finished.run_dir)) == {"bids", "el2n", "gtp"}
+
+
+def test_strategies_by_features_that_are_there_need_no_new_ones(
+    finished: Job, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = counted(monkeypatch)
+    assert main(["select", str(finished.run_dir), "--selection.strategies", "gtp,omp,dsir"]) == 0
+    assert done == ["selection"]
+    assert main(["compare", str(finished.run_dir)]) == 0
+    assert done == ["selection", "export", "evaluation", "report"]
+    assert set(chosen(finished.run_dir)) == {"gtp", "omp", "dsir"}
+    capsys.readouterr()
+    assert main(["verify", str(finished.run_dir), "--sample", "0"]) == 0, capsys.readouterr().err
+
+
+def test_the_command_that_is_needed_first_has_the_same_source_and_flags(
+    finished: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    flags = ["--evaluation.seeds", "4", "--selection.strategies", "[gtp, random]"]
+    assert main(["compare", str(finished.run_dir), *flags]) == 2
+    command = f"gradpursuit select {finished.run_dir} --evaluation.seeds=4 '--selection.strategies=[gtp, random]'"
+    assert f"run `{command}` first" in capsys.readouterr().err
+    assert main(shlex.split(command)[1:]) == 0
+    assert main(["compare", str(finished.run_dir), *flags]) == 0
+
+    elsewhere = tmp_path / "elsewhere"
+    assert main(["select", str(finished.path), "--run-dir", str(elsewhere)]) == 2
+    command = f"gradpursuit warmup {finished.path} --run-dir {elsewhere}"
+    assert f"run `{command}` first" in capsys.readouterr().err
+    assert not elsewhere.exists()
+    assert main(shlex.split(command)[1:]) == 0
 
 
 def test_stages_run_one_by_one_and_in_order_only(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,9 +257,12 @@ def test_stages_run_one_by_one_and_in_order_only(job: Job, monkeypatch: pytest.M
         ("select", ["selection"]),
         ("export", ["export"]),
         ("compare", ["evaluation", "report"]),
+        ("select --pursuit.alpha=1", ["selection"]),
+        ("compare", ["export", "evaluation", "report"]),
     ):
         done.clear()
-        assert main([verb, str(job.path if verb == "warmup" else job.run_dir)]) == 0
+        name, *flags = verb.split()
+        assert main([name, str(job.path if name == "warmup" else job.run_dir), *flags]) == 0
         assert done == stages
 
 

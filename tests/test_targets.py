@@ -237,7 +237,7 @@ def test_changed_settings_make_it_outdated_and_the_command_named_mends_it(
     assert main(["select", str(run)]) == 2
     message = capsys.readouterr().err
     command = f"gradpursuit target add {run} --name other --file {template.folder / 'other.jsonl'}"
-    assert f"selection.target 'other' was made with other settings or another pool; run `{command}` first" in message
+    assert f"target 'other' was made with other settings or another pool; run `{command}` first" in message
     assert main(["status", str(run)]) == 0
     assert "was made with other settings" in (printed := capsys.readouterr().out)
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("other ")] == ["outdated"]
@@ -261,7 +261,7 @@ def test_other_strategies_need_only_the_features_that_are_lacking(
     assert main(["select", str(run), "--selection.target", "other"]) == 2
     command = f"gradpursuit target add {run} --name other --file {template.folder / 'other.jsonl'}"
     lacks = f"lacks features that the strategies need (identity); run `{command}`"
-    assert f"selection.target 'other' {lacks} first" in capsys.readouterr().err
+    assert f"target 'other' {lacks} first" in capsys.readouterr().err
     assert main(["verify", str(run), "--sample", "0"]) == 2
     assert f"target 'other' {lacks}" in capsys.readouterr().err
     for verb in ("status", "target list"):
@@ -299,7 +299,7 @@ def test_a_broken_or_unfinished_target_is_named_and_mended(
         patch.setattr("gradpursuit.targets._collect", interrupted)
         assert add(run, template, "other.jsonl") == 130
     assert main(["select", str(run), "--selection.target", "other"]) == 2
-    assert "selection.target 'other' was not finished; run `gradpursuit target add" in capsys.readouterr().err
+    assert "target 'other' was not finished; run `gradpursuit target add" in capsys.readouterr().err
     assert add(run, template, "other.jsonl") == 0
     shard = run / "targets/other/gradients/target/identity/checkpoint-1/shard-00000.safetensors"
     content = shard.read_bytes()
@@ -332,7 +332,7 @@ def test_mistakes_leave_nothing_behind(run: Path, template: Job, capsys: pytest.
     assert main(["select", str(run), "--selection.target", "../up"]) == 2
     assert "--selection.target: 'selection.target' = '../up': the name of a target" in capsys.readouterr().err
     assert main(["select", str(run), "--selection.target", "nobody"]) == 2
-    assert "selection.target 'nobody': the run has no such target (added: none); run `" in capsys.readouterr().err
+    assert "target 'nobody': the run has no such target (added: none); run `" in capsys.readouterr().err
     assert main(["target", "list", str(run)]) == 0
     assert "no target was added" in capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from typing import Any
 from build import FAMILIES, SIZES, Size
 
 from gradpursuit.config import rows_of
+from gradpursuit.errors import DataError
 from gradpursuit.files import read_json
 
 Tree = dict[str, Any]
@@ -96,9 +97,12 @@ def estimate(run_dir: Path, measured: Tree, plan: Tree) -> str:
         run_dir: with a manifest and evaluation/results.jsonl.
         measured: the plan that it was run with.
         plan: of the standard size.
+
+    Raises:
+        DataError: nothing was trained there.
     """
-    size, manifest = SIZES["standard"], read_json(run_dir / "manifest.json")["stages"]
     per_row, per_score = _seconds(run_dir / "evaluation" / "results.jsonl", measured["run"]["evaluation"]["batch_size"])
+    size, manifest = SIZES["standard"], read_json(run_dir / "manifest.json")["stages"]
     batch, warmup = plan["run"]["evaluation"]["batch_size"], plan["run"]["warmup"]
     ratio = size.rows / manifest["data"]["detail"]["rows"]["pool"]
     ratio *= warmup["checkpoints"] / measured["run"]["warmup"]["checkpoints"]
@@ -117,10 +121,18 @@ def estimate(run_dir: Path, measured: Tree, plan: Tree) -> str:
 
 
 def _seconds(results: Path, batch: int) -> tuple[float, float]:
-    """Of a row in training, by the longest trainings (of short ones most is their beginning), and of one scored."""
+    """Of a row in training, by the longest trainings (of short ones most is their beginning), and of one scored.
+
+    Raises:
+        DataError: nothing was trained yet.
+    """
+    if not results.is_file():
+        raise DataError(f"{results}: not there: the estimate is made from cells that were run; run a part first")
     found = [json.loads(line)["result"] for line in results.read_text("utf-8").splitlines()]
     trained = [r for r in found if r["train_seconds"] and r["steps"]]
+    if not trained:
+        raise DataError(f"{results}: nothing was trained yet, from which an estimate could be made; run a part first")
     longest = [r for r in trained if 2 * r["steps"] >= max(r["steps"] for r in trained)]
     per_row = sum(r["train_seconds"] for r in longest) / (batch * sum(r["steps"] for r in longest))
-    plain = [r for r in found if r["correct"] is None]
-    return per_row, sum(r["score_seconds"] for r in plain) / sum(len(r["losses"]) for r in plain)
+    scored = sum(len(r["losses"]) * (1 if r["correct"] is None else CHOICES) for r in found)
+    return per_row, sum(r["score_seconds"] for r in found) / scored

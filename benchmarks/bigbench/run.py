@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -214,6 +215,7 @@ def provenance(bench: Bench) -> Tree:
     names = [line.split(":")[1].strip() for line in cpus if line.startswith("model name")]
     return {
         "gradpursuit": manifest["gradpursuit"],
+        "commit": code_commit(),
         "packages": manifest["packages"],
         "machine": {
             **manifest["machine"],
@@ -223,6 +225,19 @@ def provenance(bench: Bench) -> Tree:
         },
         "stage_seconds": {stage: entry.get("seconds") for stage, entry in manifest["stages"].items()},
     }
+
+
+def code_commit() -> str | None:
+    """The last commit that changed the package, with `+` if it was changed since; None outside a clone."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words, "--", "src"], cwd=HERE.parents[1], **told).stdout.strip()
+
+    told: Tree = {"check": True, "capture_output": True, "text": True}
+    try:
+        return git("log", "-1", "--format=%h") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main() -> int:
@@ -236,7 +251,10 @@ def main() -> int:
     folder = (arguments.folder or Path("runs") / f"bigbench-{arguments.size}").resolve()
     bench = Bench(folder, arguments.size, load_plan(arguments.size), arguments.device)
     if arguments.estimate:
-        print(estimate(bench.run_dir, bench.plan, load_plan("standard")))
+        try:
+            print(estimate(bench.run_dir, bench.plan, load_plan("standard")))
+        except GradPursuitError as error:
+            parser.exit(2, f"error: {error}\n")
         return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     jobs = everything(bench)

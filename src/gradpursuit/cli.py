@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ STAGE_VERBS = {
     "collect": ("gradients", "gradients", "collect the gradients of pool and target along the trajectory"),
     "select": ("selection", "selection", "choose the examples with every configured strategy"),
     "export": ("export", "export", "write the chosen rows for trainers, all of them or as many as a budget buys"),
-    "compare": ("evaluation", "report", "fine-tune on every selection, score held-out examples, write the report"),
+    "compare": ("export", "report", "fine-tune on every selection, score held-out examples, write the report"),
 }
 NEXT = {"trajectory": "collect", "gradients": "select", "selection": "export", "export": "compare"}
 OVERRIDES = (
@@ -42,9 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ended_as_by_ctrl_c(), console(quiet=arguments.quiet):
             arguments.verb(arguments, overrides)
+            sys.stdout.flush()
     except GradPursuitError as error:
         print(f"gradpursuit: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # who reads the output, `head` for one, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
+        return 141  # as of a program that the signal ends
     except OSError as error:  # the disk, wherever it fails
         place = f"{error.filename}: " if error.filename else ""
         print(f"gradpursuit: error: {place}{error.strerror or error}; finished work is kept", file=sys.stderr)
@@ -84,7 +89,9 @@ def stage(arguments: argparse.Namespace, overrides: list[str]) -> None:
     if asks_for_budget(arguments):
         export_with_budget(arguments, config)
     else:
-        _execute(arguments, config, last, first)
+        place = ["--run-dir", arguments.run_dir] if arguments.run_dir else []
+        words = [arguments.run, *place, *(f"--{override}" for override in overrides)]
+        _execute(arguments, config, last, first, words=words)
 
 
 def report(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -230,11 +237,12 @@ def _execute(
     upto: str,
     first: str | None = None,
     inputs: Callable[[], None] = lambda: None,
+    words: Sequence[str] = (),
 ) -> None:
     from gradpursuit.pipeline import Run
     from gradpursuit.report.terminal import Done
 
-    made = Run(config)
+    made = Run(config, words=words)
     with at_work(made):
         inputs()
         made.execute(upto, first)
@@ -374,11 +382,11 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def _outcome(made: Run) -> tuple[dict[str, Any], list[Any]]:
     """How the comparison came out and what it took, for machines and for people."""
     from gradpursuit.evaluation.table import to_json
-    from gradpursuit.report.terminal import comparison_table, timing_table
+    from gradpursuit.report.terminal import comparison_tables, timing_table
 
     lines, manifest = made.lines(), made.manifest.read()
     seconds = {name: entry["seconds"] for name, entry in manifest["stages"].items() if "seconds" in entry}
-    return {"comparison": to_json(lines), "seconds": seconds}, [comparison_table(lines), timing_table(manifest)]
+    return {"comparison": to_json(lines), "seconds": seconds}, [*comparison_tables(lines), timing_table(manifest)]
 
 
 def _view(page: Path) -> str:

@@ -58,7 +58,7 @@ class DownloadError(GradPursuitError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint for a misspelt `name`: the nearest of the `known` names and the whole list."""
-    names = sorted(known)
+    names = sorted(set(known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"did you mean '{close[0]}'? " if close else ""
     return f"{hint}known: {', '.join(names)}"

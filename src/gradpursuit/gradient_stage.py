@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
 from gradpursuit.errors import StoreError, TrajectoryError
-from gradpursuit.plugins import registered
+from gradpursuit.plugins import foreign
 from gradpursuit.remote import place, reaching
 from gradpursuit.spread import connection, filling
 
@@ -107,7 +107,7 @@ def feature_requests(selection: SelectionSection, names: Sequence[str] = ()) -> 
         names: of the strategies that are meant; none: all that are configured.
     """
     found: set[str] = set()
-    others = registered()
+    others = foreign()
 
     def add(name: str) -> None:
         own = dict(selection.options.get(name, {}))
@@ -126,14 +126,26 @@ def feature_requests(selection: SelectionSection, names: Sequence[str] = ()) -> 
 
 def collected_requests(run: Run) -> list[str]:
     """The :func:`feature_requests` that the features of a run are known by: those they were collected for, while they
-    hold what is wanted now."""
+    hold what is wanted now; other ways of choosing may go by the same features."""
     wanted, known = feature_requests(run.config.selection), _planned_requests(run)
-    return sorted(known) if set(wanted) <= set(known) else wanted
+    return sorted(known) if set(wanted) <= set(known) or (known and _suffices(run)) else wanted
+
+
+def _suffices(run: Run) -> bool:
+    """Whether the features that the stage was begun for are all that the configured strategies need."""
+    plan = run.manifest.entry("gradients")["plan"]
+    return all(
+        kind.label in (*plan[split], *plan["signals"][split])
+        for split, kinds in wanted_features(run).items()
+        for kind in kinds
+    )
 
 
 def planned_for_target(run: Run) -> list[str]:
     """Labels of the features that the configured strategies need of a target, as it was known when the stage began."""
     known, wanted = _planned_requests(run), feature_requests(run.config.selection)
+    if known and not set(wanted) <= set(known):
+        return [kind.label for kind in target_features(run)]
     return list(dict.fromkeys(label for name in wanted for label in known.get(name, ())))
 
 

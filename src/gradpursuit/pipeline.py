@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -44,13 +45,15 @@ class Run:
     Args:
         config: resolved; `run_dir` names the folder.
         quick: know files by name, size and time instead of reading them, as is enough to look on.
+        words: how a command line that begins with a verb names this run, with its settings; empty: by its folder.
     """
 
-    def __init__(self, config: RunConfig, *, quick: bool = False) -> None:
+    def __init__(self, config: RunConfig, *, quick: bool = False, words: Sequence[str] = ()) -> None:
         if config.run_dir is None:
             raise ConfigError("'run_dir' is missing: name the folder of the run")
         self.config, self.quick = config, quick
         self.folder = Path(config.run_dir)
+        self.words = tuple(words) or (str(self.folder),)
         self.manifest = Manifest(self.folder)
         self.lock = RunLock(self.folder)
         self.inputs = Inputs(config, self.folder, self.manifest, quick=quick)
@@ -146,7 +149,7 @@ class Run:
     def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
         raise RunError(
             f"{self.folder}: {purpose} needs '{stage.name}', which is not complete for this "
-            f"configuration; run `gradpursuit {stage.verb} {self.folder}` first"
+            f"configuration; run `{shlex.join(['gradpursuit', stage.verb, *self.words])}` first"
         )
 
     def state(self, stage: Stage, fingerprint: str, *, quick: bool | None = None) -> State:
@@ -156,12 +159,12 @@ class Run:
         return "damaged" if state == "complete" and stage.intact and not stage.intact(self, quick) else state
 
     def _run_stage(self, stage: Stage, fingerprint: str, state: State) -> None:
+        if stage.check:
+            stage.check(self)
         if state == "damaged" or (state == "outdated" and stage.name != "report"):  # each report is of its moment
             reason = "settings or inputs have" if state == "outdated" else "a file of it is missing or has"
             mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
             logger.warning("%s: %s changed, %s", stage.name, reason, mend)
-        if stage.check:
-            stage.check(self)
         anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
         config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
         new = config.is_file() and not self.manifest.has_finished(stage.name)  # what it does now shows how far it got
@@ -256,7 +259,7 @@ class Run:
     def for_target(self, name: str | None) -> Run:
         """The same run, choosing for another of its targets (None: its own); what was loaded is shared."""
         selection = self.config.selection.model_copy(update={"target": name})
-        other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick)
+        other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick, words=self.words)
         shared = ("model_identity", "inputs", "compute", "base")
         vars(other).update({key: value for key, value in vars(self).items() if key in shared})
         return other

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.config import SourceSection, target_name
+from gradpursuit.config import OWN, SourceSection, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
 from gradpursuit.gradient_stage import planned_for_target
@@ -143,11 +143,11 @@ class Target:
         if self.state() == "new":
             names = ", ".join(target.name for target in targets(self._run)) or "none"
             raise RunError(
-                f"selection.target '{self.name}': the run has no such target (added: {names}); "
-                f"run `{self.command()}` first, or give selection.target null for the run's own"
+                f"target '{self.name}': the run has no such target (added: {names}); run `{self.command()}` first, or "
+                f"choose for the run's own (selection.target null, or '{OWN}' among evaluation.targets)"
             )
         if trouble := self.trouble():
-            raise RunError(f"selection.target '{self.name}' {trouble} first")
+            raise RunError(f"target '{self.name}' {trouble} first")
         return self.manifest.fingerprint("gradients")
 
     def command(self) -> str:

@@ -23,7 +23,7 @@ from gradpursuit.report.comparison import comparison
 from gradpursuit.report.findings import findings
 from gradpursuit.report.fit import Explainer
 from gradpursuit.report.page import render
-from gradpursuit.report.terminal import comparison_table, timing_table
+from gradpursuit.report.terminal import comparison_tables, timing_table
 from gradpursuit.report.write import gather
 from jobs import Job
 
@@ -194,7 +194,8 @@ def test_what_is_missing_is_said_with_the_command(job: Job) -> None:
     assert chosen["comparison"]["command"] == f"gradpursuit export {job.run_dir}"
     assert chosen["control"]["command"].startswith(f"gradpursuit target add {job.run_dir}")
     assert chosen["fit"]["explained"] > 0
-    assert main(["compare", str(job.run_dir), "--quiet"]) == 2, "the export comes first"
+    assert main(["compare", str(job.run_dir), "--quiet"]) == 0
+    assert json.loads((job.run_dir / "report.json").read_text())["comparison"]["rows"]
 
 
 def test_a_report_of_nothing_is_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,11 +320,28 @@ def test_terminal_tables_show_every_seed_and_the_total() -> None:
         "selection": {"seconds": 2.25, "detail": {"seconds": {"gtp": 2.0}}},
     }
     console = Console(width=80, record=True, file=StringIO())
-    console.print(comparison_table(lines))
+    for table in comparison_tables(lines):
+        console.print(table)
     console.print(timing_table({"stages": stages}))
     text = console.export_text()
     for figure in ("random-matched", "1.000", "2.000", "3.000", "5.000", "1.500", "4.000", "8.000", "3.2"):
         assert figure in text
+    assert "…" not in text, "80 columns are enough"
+
+
+def test_every_target_and_protocol_has_a_terminal_table_of_its_own() -> None:
+    lines = [
+        Line("random-matched", 2, 1 / 3, 0, 8.0, [3.25] * 3, accuracies=[accuracy], target=target, protocol=protocol)
+        for target, accuracy in (("reasoning_about_colored_objects", 0.75), ("own", 0.5))
+        for protocol in ("equal-steps", "equal-epochs")
+    ]
+    console = Console(width=80, record=True, file=StringIO())
+    for table in comparison_tables(lines):
+        console.print(table)
+    text = console.export_text()
+    for words in ("reasoning_about_colored_objects, equal-steps", "own, equal-epochs", "0.75", "0.50", " 0.3 "):
+        assert words in text
+    assert text.count("3.250") == 4 * 4, "every seed and the mean"
     assert "…" not in text, "80 columns are enough"
 
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 
 from gradpursuit.cli import main
-from gradpursuit.config import RunConfig, build_config
+from gradpursuit.config import RunConfig, SelectionSection, build_config
 from gradpursuit.errors import ConfigError, SelectionError
 from gradpursuit.gradient_stage import FEATURE_OPTIONS, feature_requests
 from gradpursuit.gradients.forward import EMBEDDING
 from gradpursuit.gradients.preconditioner import Preconditioner
+from gradpursuit.plugins import used_distributions
 from gradpursuit.selection import STRATEGIES, Settings, check_strategies, describe_strategies, strategy
 from problems import problem, trajectory
 
@@ -276,6 +277,12 @@ def test_names_that_are_taken(plugin: str, tmp_path: Path, monkeypatch: pytest.M
     assert type(strategy("gtp").method).__name__ == "GTP"
     told = [entry["error"] for entry in describe_strategies() if entry["name"] == "gtp" and "error" in entry]
     assert told == [f"what {other} 1.2 registers under this name is not used: it is taken"]
+    assert used_distributions(SelectionSection(strategies=["gtp"])) == [], "no run depends on what is not used"
+    requests = feature_requests(SelectionSection(strategies=["gtp"], options={"gtp": {"alpha": 1.0}}))
+    assert requests == feature_requests(SelectionSection(strategies=["gtp"]))
+    with pytest.raises(ConfigError) as caught:
+        strategy("gttp")
+    assert str(caught.value).count("gtp,") == 1, "a name is told once"
 
 
 def test_a_package_that_pip_installed(tmp_path: Path) -> None:

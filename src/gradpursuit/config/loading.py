@@ -102,6 +102,7 @@ def _explain(item: dict[str, Any], root: type[BaseModel], within: str = "") -> s
     message = {
         "model_type": "expected a section with keys of its own",
         "list_type": "expected a list, such as [a, b]",
+        "too_short": "expected at least one entry",
     }.get(item["type"], item["msg"].removeprefix("Value error, "))
     if not key:
         return str(message)

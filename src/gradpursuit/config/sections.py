@@ -165,6 +165,13 @@ class MatchingSection(Section):
         found = listed(value)
         return [int(name) if name.isdecimal() else name for name in found] if isinstance(value, str) else found
 
+    @field_validator("checkpoints")
+    @classmethod
+    def _in_order(cls, value: list[int] | None) -> list[int] | None:
+        if value and len(set(value)) != len(value):
+            raise ValueError("a checkpoint is listed twice")
+        return sorted(value) if value else value
+
 
 class PursuitSection(MatchingSection):
     """The joint selection."""

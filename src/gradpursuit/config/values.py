@@ -48,10 +48,15 @@ def without_secrets(value: str, what: str) -> str:
 
 def _budget(value: Any) -> Any:
     """A count of examples (an integer) or a share of the pool (anything else that is a number)."""
+    expected = "expected a count of examples, such as 50, or a share of the pool, such as 0.05"
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("expected a count of examples, such as 50, or a share of the pool, such as 0.05")
-    number = value if isinstance(value, int) else float(value)
-    if number <= 0 or (isinstance(number, float) and number > 1):
+        raise ValueError(expected)
+    try:
+        number = int(value) if isinstance(value, str) and value.isdecimal() else value
+        number = float(number) if isinstance(number, str) else number
+    except ValueError:
+        raise ValueError(expected) from None
+    if not number > 0 or (isinstance(number, float) and number > 1):
         raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
     return number
 

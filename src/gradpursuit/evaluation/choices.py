@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,13 +61,9 @@ def choose(
         for i, (row, question) in enumerate(zip(rows, questions, strict=True))
         for choices in [_choices(row, question, "held-out rows")]
     ]
-    level = logging.getLogger("lm_eval").level
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    try:
+    with _quiet_harness():
         harness = _likelihoods(model, questions, compute, tokenizer, what)
         found: Any = evaluate(harness, {"held-out": _task(documents)}, bootstrap_iters=0, log_samples=True)
-    finally:
-        logging.getLogger("lm_eval").setLevel(level)
     samples = {sample["doc"]["row"]: bool(sample["acc"]) for sample in found["samples"]["held-out"]}
     return [samples[i] for i in range(len(rows))]
 
@@ -80,6 +79,22 @@ def _choices(row: Row, question: Question, where: str) -> list[str]:
             "false"
         )
     return stripped
+
+
+@contextmanager
+def _quiet_harness() -> Iterator[None]:
+    """Its words and its progress bar of the questions; scoring shows its own."""
+    from lm_eval.api import task
+
+    known: Any = task
+    level, bar = logging.getLogger("lm_eval").level, known.tqdm
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    known.tqdm = partial(bar, disable=True)
+    try:
+        yield
+    finally:
+        logging.getLogger("lm_eval").setLevel(level)
+        known.tqdm = bar
 
 
 def _task(documents: list[dict[str, Any]]) -> Any:

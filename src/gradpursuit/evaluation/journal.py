@@ -49,18 +49,23 @@ class Result:
 class Journal:
     """The results of a run, by training and scored rows.
 
-    Lines that are torn (the process was killed) or changed are passed over with a warning and computed again.
+    Lines that are torn (the process was killed) or changed are passed over with one warning, and what they held is
+    computed again where it is asked for.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._found: dict[tuple[str, str], Result] = {}
+        broken = []
         for number, line in enumerate(read_lines(path), 1):
             result = _parsed(line)
             if result is None:
-                logger.warning("%s:%d: torn or changed, computed again", path, number)
+                broken.append(number)
             else:
                 self._found[result.training, result.scored] = result
+        if broken:
+            more = f" and {len(broken) - 1} more lines" if len(broken) > 1 else ""
+            logger.warning("%s:%d%s: torn or changed, passed over", path, broken[0], more)
 
     def get(self, training: str, scored: str, *, accuracy: bool = False) -> Result | None:
         """What is known of a training on these rows; with `accuracy` only a result that has it."""

@@ -114,7 +114,7 @@ def _markdown_line(line: Line) -> str:
         line.strategy,
         line.budget or "–",
         line.examples,
-        f"{line.copies:g}",
+        f"{round(line.copies, 1):g}",
         line.steps,
         "–" if np.isnan(line.before) else f"{line.before:.3f}",
         f"{line.after:.3f}",
@@ -136,14 +136,14 @@ def _markdown_difference(found: Difference) -> str:
         named(found.reference, found.reference_budget),
         named(found.other, found.other_budget),
         _interval(found.effect),
-        f"{found.effect.detectable:.3f}",
+        "–" if np.isnan(found.effect.detectable) else f"{found.effect.detectable:.3f}",
         f"{found.effect.positive}/{found.effect.pairs}" + (f", {found.effect.ties} ties" if found.effect.ties else ""),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def _interval(found: Effect) -> str:
-    return f"{found.mean:.3f} ({found.low:.3f} to {found.high:.3f})"
+    return f"{found.mean:.3f}" + ("" if np.isnan(found.low) else f" ({found.low:.3f} to {found.high:.3f})")
 
 
 def to_json(lines: Sequence[Line]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from gradpursuit.evaluation.findings import Line
     from gradpursuit.export_stage import Exported
     from gradpursuit.verify import StoreCheck
+
+_WIDE = 160  # columns
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class Done:
         piped = not sys.stdout.isatty()
         if not quiet:
             console = Console(stderr=piped, highlight=False)
+            if not console.is_terminal:  # a file or a log has room
+                console.width = _WIDE
             for part in self.summary():
                 console.print(part, soft_wrap=isinstance(part, Text))
         if piped:
@@ -62,27 +67,33 @@ class Done:
         return [*self.tables, *(Text.assemble((f"{word:<9}", "dim"), (text, style)) for word, text, style in words)]
 
 
-def comparison_table(lines: Sequence[Line]) -> Table:
-    """Held-out loss before and after fine-tuning, per strategy and seed, copies among the chosen, exact matches."""
-    table = Table(title="Held-out target loss (nats per supervised token; lower is better)")
-    places = [name for name in ("target", "protocol") if len({getattr(line, name) for line in lines}) > 1]
-    for name in (*places, "strategy"):
-        table.add_column(name, no_wrap=True)
-    for name in ("examples", "copies", "before", "after, by seed", "mean\nafter", "exact\nmatch"):
-        # Only the seeds go to a next line on a narrow screen; names and numbers are never cut.
-        table.add_column(name, justify="right", no_wrap=name != "after, by seed")
-    for line in lines:
-        table.add_row(
-            *(getattr(line, name) for name in places),
-            line.strategy,
-            str(line.examples),
-            f"{line.copies:g}",
-            "–" if isnan(line.before) else f"{line.before:.3f}",
-            " ".join(f"{loss:.3f}" for loss in line.losses),
-            f"{line.after:.3f}",
-            "" if line.exact_match is None else f"{line.exact_match:.2f}",
-        )
-    return table
+def comparison_tables(lines: Sequence[Line]) -> list[RenderableType]:
+    """Of every target and protocol a table: held-out loss before and after fine-tuning, per strategy and seed, copies
+    among the chosen, exact matches, accuracy where it was measured."""
+    places = list(dict.fromkeys((line.target, line.protocol) for line in lines))
+    found: list[RenderableType] = []
+    for place in places:
+        title = "Held-out target loss (nats per supervised token; lower is better)"
+        table = Table(title=", ".join(place) + "\n" + title if len(places) > 1 else title)
+        of_place = [line for line in lines if (line.target, line.protocol) == place]
+        measured = ("accu-\nracy",) if any(line.accuracies for line in of_place) else ()
+        table.add_column("strategy", no_wrap=True)
+        for name in ("examples", "copies", "before", "after, by seed", "mean\nafter", "exact\nmatch", *measured):
+            # Only the seeds go to a next line on a narrow screen; names and numbers are never cut.
+            table.add_column(name, justify="right", no_wrap=name != "after, by seed")
+        for line in of_place:
+            table.add_row(
+                line.strategy,
+                str(line.examples),
+                f"{round(line.copies, 1):g}",
+                "–" if isnan(line.before) else f"{line.before:.3f}",
+                " ".join(f"{loss:.3f}" for loss in line.losses),
+                f"{line.after:.3f}",
+                "" if line.exact_match is None else f"{line.exact_match:.2f}",
+                *(f"{mean(line.accuracies):.2f}" for _ in measured),
+            )
+        found.append(table)
+    return found
 
 
 def export_table(exported: Exported) -> Table:

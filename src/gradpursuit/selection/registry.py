@@ -14,29 +14,11 @@ from pydantic import BaseModel
 
 from gradpursuit.config import MatchingSection, RunConfig, build_section, target_name
 from gradpursuit.errors import ConfigError, GradPursuitError, SelectionError, nearest
+from gradpursuit.plugins import STRATEGIES, foreign, registered
 from gradpursuit.plugins import distribution as named_distribution
-from gradpursuit.plugins import registered
 from gradpursuit.selection.base import Method, Needs, Selection, SelectionProblem, Settings
 
 logger = logging.getLogger("gradpursuit")
-STRATEGIES = {
-    "gtp": "gradpursuit.selection.gtp:GTP",
-    "omp": "gradpursuit.selection.omp:OMP",
-    "gradmatch": "gradpursuit.selection.gradmatch:GradMatch",
-    "less": "gradpursuit.selection.less:LESS",
-    "topk": "gradpursuit.selection.topk:TopK",
-    "tracin": "gradpursuit.selection.tracin:TracIn",
-    "bids": "gradpursuit.selection.bids:BIDS",
-    "tarot": "gradpursuit.selection.tarot:TAROT",
-    "rds": "gradpursuit.selection.rds:RDS",
-    "dsir": "gradpursuit.selection.dsir:DSIR",
-    "el2n": "gradpursuit.selection.el2n:EL2N",
-    "grand": "gradpursuit.selection.grand:GraNd",
-    "learning-percentage": "gradpursuit.selection.learning_percentage:LearningPercentage",
-    "kmeans-quality": "gradpursuit.selection.kmeans_quality:KMeansQuality",
-    "random": "gradpursuit.selection.random:Random",
-    "random-matched": "gradpursuit.selection.random_matched:RandomMatched",
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +102,7 @@ def strategy(name: str, options: Mapping[str, Mapping[str, Any]] | None = None) 
     if selector in STRATEGIES:
         factory, distribution = _load(STRATEGIES[selector]), ""
     else:
-        others = registered()
+        others = foreign()
         known = [*STRATEGIES, *others]
         if name not in known and name not in options:
             raise ConfigError(f"unknown strategy '{name}'; {nearest(name, [*known, *options])}")
