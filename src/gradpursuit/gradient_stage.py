@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.counting import finished_rows
-from gradpursuit.errors import StoreError, TrajectoryError
+from gradpursuit.errors import ConfigError, StoreError, TrajectoryError
 from gradpursuit.plugins import foreign
 from gradpursuit.remote import place, reaching
 from gradpursuit.spread import connection, filling
@@ -134,11 +134,11 @@ def collected_requests(run: Run) -> list[str]:
 def _suffices(run: Run) -> bool:
     """Whether the features that the stage was begun for are all that the configured strategies need."""
     plan = run.manifest.entry("gradients")["plan"]
-    return all(
-        kind.label in (*plan[split], *plan["signals"][split])
-        for split, kinds in wanted_features(run).items()
-        for kind in kinds
-    )
+    try:
+        wanted = wanted_features(run)
+    except ConfigError:  # of a strategy that is not to be had any more, told before it would be used
+        return False
+    return all(kind.label in (*plan[split], *plan["signals"][split]) for split in wanted for kind in wanted[split])
 
 
 def planned_for_target(run: Run) -> list[str]:
