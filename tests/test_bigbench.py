@@ -144,6 +144,22 @@ def test_defaults_are_compared_by_target_and_seed(run: Any, tmp_path: Path) -> N
     assert "| 4/4 | 0.000" in lines[-2]
     assert lines[-1].startswith("| weights | 96 | -0.500 (-0.500 to -0.500) | -")
     assert "| 0/4 |" in lines[-1]
+    noise |= {("a", 2): 1.2, ("b", 2): 3.1}
+    write("strategies", {"gtp": 0.0, "raw-rows": 0.25})
+    run.write_defaults(tmp_path)
+    lines = (tmp_path / "defaults.md").read_text().splitlines()
+    assert "| 6/6 |" in lines[-2]
+    assert lines[-1].startswith("| weights | 96 | of other targets, seeds or budgets: run its part again |")
+
+
+def test_an_estimate_needs_something_that_was_trained(costs: Any, run: Any, tmp_path: Path) -> None:
+    plan = run.load_plan("tiny")
+    with pytest.raises(DataError, match=r"results.jsonl: not there: the estimate is made from cells"):
+        costs.estimate(tmp_path, plan, run.load_plan("standard"))
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.jsonl").write_text("")
+    with pytest.raises(DataError, match="nothing was trained yet"):
+        costs.estimate(tmp_path, plan, run.load_plan("standard"))
 
 
 def test_a_summary_counts_every_target_alike(run: Any, tmp_path: Path) -> None:
