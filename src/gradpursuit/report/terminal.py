@@ -90,7 +90,7 @@ def comparison_tables(lines: Sequence[Line]) -> list[RenderableType]:
                 " ".join(f"{loss:.3f}" for loss in line.losses),
                 f"{line.after:.3f}",
                 "" if line.exact_match is None else f"{line.exact_match:.2f}",
-                *(f"{mean(line.accuracies):.2f}" for _ in measured),
+                *(f"{mean(line.accuracies):.2f}" if line.accuracies else "" for _ in measured),
             )
         found.append(table)
     return found
