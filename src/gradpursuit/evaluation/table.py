@@ -87,8 +87,8 @@ _EXPLAINED = (
     "Positive differences favour the reference. Pairs share the seed and the held-out rows; intervals are bootstrapped "
     "over rows (for all targets: over targets) and seeds, each resampled on its own. `detectable` is the smallest true "
     "difference that this design would have told from zero in 80 % of all cases (5 % level, two-sided). `log-loss` is "
-    "ln(other / reference) of mean losses, so that targets with large losses count no more than others: 0.1 is a loss "
-    "lower by a tenth. "
+    "ln(other / reference) of the losses of each target and seed, so that targets with large losses count no more than "
+    "others: 0.1 is a loss lower by a tenth. "
     "`NAME for others`: chosen for the other targets, mean over these.\n"
 )
 
