@@ -17,6 +17,7 @@ from gradpursuit.trajectory.model import (
     attach_lora,
     load_model,
     load_tokenizer,
+    pad_id,
     trainable,
 )
 
@@ -158,3 +159,10 @@ def test_identity_tells_models_apart(tiny_path: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"x")
     assert set(model_identity(section(tmp_path / "m.gguf"))) == {"m.gguf"}
     assert model_identity(section("org/name", revision="main")) == {"hub": "org/name", "revision": "main"}
+
+
+@pytest.mark.parametrize(("given", "used"), [(-1, 0), (None, 0), (97, 0), (96, 96), (3, 3)])
+def test_rows_are_padded_with_a_token_of_the_embedding(tiny: Any, given: int | None, used: int) -> None:
+    model = tiny.base("llama")
+    model.config.pad_token_id = given
+    assert pad_id(model) == used

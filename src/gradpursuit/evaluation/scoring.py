@@ -18,7 +18,7 @@ from gradpursuit.data import Table
 from gradpursuit.evaluation.answers import Question, plain_text, stop_tokens
 from gradpursuit.progress import Progress
 from gradpursuit.trajectory.loss import token_batches
-from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.model import Compute, pad_id
 from gradpursuit.trajectory.passes import TOKENS_PER_BATCH, Passes
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def generate(
     texts = [""] * len(questions)
     for indices in token_batches([len(question.prompt) + room for question in questions], TOKENS_PER_BATCH):
         width = max(len(questions[i].prompt) for i in indices)
-        ids = torch.full((len(indices), width), _pad(model), dtype=torch.long)
+        ids = torch.full((len(indices), width), pad_id(model), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for place, i in enumerate(indices):  # on the left, so that all answers begin at one position
             prompt = questions[i].prompt
@@ -144,7 +144,7 @@ def generate(
                 top_p=None,
                 top_k=None,
                 eos_token_id=stops or None,
-                pad_token_id=_pad(model),
+                pad_token_id=pad_id(model),
             )
         for place, i in enumerate(indices):
             texts[i] = plain_text(_until(found[place, width:].tolist(), set(stops)), tokenizer)
@@ -154,7 +154,3 @@ def generate(
 def _until(tokens: list[int], stops: set[int]) -> list[int]:
     length = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
     return tokens[:length]
-
-
-def _pad(model: Any) -> int:
-    return int(model.config.pad_token_id or 0)

@@ -22,7 +22,7 @@ from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.gradients.sketch import SparseSketch
 from gradpursuit.trajectory.checkpoint import AdamState
 from gradpursuit.trajectory.loss import SupervisedLoss, collate, padded_width, token_batches
-from gradpursuit.trajectory.model import Compute, trainable
+from gradpursuit.trajectory.model import Compute, pad_id, trainable
 from gradpursuit.trajectory.threads import side_by_side
 
 logger = logging.getLogger("gradpursuit")
@@ -82,7 +82,7 @@ class RowEngine(ABC):
 
     def __init__(self, model: nn.Module, device: torch.device, tokens_per_batch: int) -> None:
         self._model, self._device, self._budget = model.eval(), device, tokens_per_batch
-        self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self._pad = pad_id(model)
 
     @property
     @abstractmethod

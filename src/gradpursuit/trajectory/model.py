@@ -160,6 +160,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def pad_id(model: Any) -> int:
+    """A token to pad with, one that the model's embedding has: nobody looks at it, so that any will do."""
+    found = getattr(model.config, "pad_token_id", None)
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(found, int) or found < 0 or (weight is not None and found >= len(weight)):
+        return 0
+    return found
+
+
 def plain_name(name: str) -> str:
     """A parameter's name without what wrappers (FSDP, DDP, compilation, `peft`) and the adapter's name add to it."""
     parts = [part for part in _ADAPTER_NAME.sub(r".\1.weight", name).split(".") if part not in _WRAPPERS]

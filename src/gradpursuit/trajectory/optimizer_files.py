@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import math
 import pickle
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +20,22 @@ WAY_ON = (
     "no strategy that needs them (less does)"
 )
 Key = int | str
+_METADATA = "torch.distributed.checkpoint.metadata"
+# All that the index of a checkpoint consists of, beside plain values: classes that keep what they are given.
+_INDEX_CLASSES = {
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+}
+_WITHOUT_STATE = {(_METADATA, "_MEM_FORMAT_ENCODING"), ("torch", "Size")}
+_PATHS = ("Path", "PosixPath", "PurePath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 
 
 class NoMomentsError(TrajectoryError):
@@ -93,6 +111,7 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         TrajectoryError: it is broken.
     """
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     class Planner(dcp.DefaultLoadPlanner):
@@ -106,7 +125,9 @@ def read_distributed(folder: Path) -> dict[str, Any]:
 
         def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
             with (folder / ".metadata").open("rb") as file:
-                return _IndexUnpickler(file).load()
+                index = _IndexUnpickler(file).load()
+            _check_index(folder, index)
+            return index
 
     try:
         reader = Reader(folder)
@@ -120,25 +141,74 @@ def read_distributed(folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group, which is meant
             dcp.load(found, storage_reader=reader, planner=planner)
-    except Exception as error:  # torch raises many kinds, some of its own, for one broken folder
-        raise TrajectoryError(f"{folder}: cannot be read: {' '.join(str(error).split())[:300]}") from None
+    except (Exception, CheckpointException) as error:  # many kinds, for one broken folder
+        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+        reason = " ".join(str(causes[0] if causes else error).split())[:300]
+        raise TrajectoryError(f"{folder}: cannot be read: {reason or type(error).__name__}") from None
     return found
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    """Makes the few kinds of objects that a checkpoint's index consists of."""
+class _IndexUnpickler(pickle._Unpickler):  # of the one in C, no step can be replaced
+    """Makes the few kinds of objects that a checkpoint's index consists of, and runs nothing that a file names."""
+
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse all else."""
-        if module.startswith(("torch.distributed.checkpoint.", "pathlib")) or (module, name) in (
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-        ):
-            return super().find_class(module, name)
-        value = getattr(torch, name, None) if module == "torch" else None
+        """Return one of the listed classes, or a data type of torch; refuse all else, names with dots too."""
+        if (module, name) in _INDEX_CLASSES:
+            return getattr(importlib.import_module(module), name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return _layout
+        if module == "pathlib" and name in _PATHS:
+            return PurePosixPath  # it cannot touch a file; where the checkpoint once lay matters to nobody
+        value = vars(torch).get(name) if module == "torch" else None
         if isinstance(value, torch.dtype):
             return value
         raise pickle.UnpicklingError(f"{module}.{name} is no part of an index")
+
+    def load_build(self) -> None:
+        """Set the state of an object, never of a class: that would change it for the whole process."""
+        if not isinstance(self.stack[-2], _with_state()):
+            raise pickle.UnpicklingError(f"the state of a {type(self.stack[-2]).__name__} is no part of an index")
+        pickle._Unpickler.load_build(self)  # type: ignore[attr-defined]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+
+def _with_state() -> tuple[type, ...]:
+    return tuple(getattr(importlib.import_module(module), name) for module, name in _INDEX_CLASSES - _WITHOUT_STATE)
+
+
+def _layout(name: str) -> torch.layout:
+    """A memory layout by its name."""
+    if name not in ("torch.strided", "torch.sparse_coo"):
+        raise pickle.UnpicklingError(f"a layout {name!r} is no part of an index")
+    found: torch.layout = getattr(torch, name.removeprefix("torch."))
+    return found
+
+
+def _check_index(folder: Path, index: Any) -> None:
+    """Refuse an index that is none, that leads out of its folder, or whose tensors are larger than all of its files."""
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+    if not isinstance(index, Metadata):
+        raise ValueError("its .metadata is no index")
+    if not isinstance(index.state_dict_metadata, dict) or not isinstance(index.storage_data, dict):
+        raise ValueError("its .metadata names no tensors")
+    room = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    for place in index.storage_data.values():
+        name = place.relative_path if isinstance(place, _StorageInfo) else None
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"its .metadata names a file outside of the folder: {name!r}")
+    for key, entry in index.state_dict_metadata.items():
+        if not isinstance(key, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+            raise ValueError("its .metadata holds something that is no tensor")
+        if isinstance(entry, TensorStorageMetadata):
+            room -= math.prod(entry.size) * entry.properties.dtype.itemsize
+            if room < 0 or min(entry.size, default=0) < 0:
+                raise ValueError("its .metadata names more numbers than its files hold")
 
 
 def _parsed(origin: str, value: Any) -> SavedOptimizer:

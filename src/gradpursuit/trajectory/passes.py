@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gradpursuit.trajectory.followed import Lora, is_linear, lora_of
 from gradpursuit.trajectory.loss import Predictions, SupervisedLoss, collate, token_batches
-from gradpursuit.trajectory.model import Compute
+from gradpursuit.trajectory.model import Compute, pad_id
 from gradpursuit.trajectory.packed import can_pack, divide, has_dropout, own_tokens, pack
 from gradpursuit.trajectory.pieces import Pieces, forward_replaced
 from gradpursuit.trajectory.threads import side_by_side
@@ -46,7 +46,7 @@ class Passes:
     def __init__(self, model: nn.Module, compute: Compute) -> None:
         self._model, self._dtype = model, compute.autocast
         self.loss = SupervisedLoss(model, compute)
-        self._pad = int(getattr(model.config, "pad_token_id", None) or 0)
+        self._pad = pad_id(model)
         self._pieces = Pieces(model) if compute.device.type == "cpu" else None
         self._packs = self._pieces is not None and self._pieces.attends and can_pack(model)
         self._drops = has_dropout(model)

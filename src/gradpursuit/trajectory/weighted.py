@@ -14,6 +14,7 @@ from transformers import Trainer
 from gradpursuit.data import IGNORE
 from gradpursuit.errors import ConfigError, DataError
 from gradpursuit.trajectory.loss import collate
+from gradpursuit.trajectory.model import pad_id
 
 _PACKED = ("seq_lengths", "cu_seq_lens_q", "seq_idx", "position_ids")  # what tells rows in one sequence apart
 _WHY_PACKING = (
@@ -44,7 +45,7 @@ class WeightedTrainer(Trainer):
     def __init__(self, model: nn.Module, args: Any = None, **options: Any) -> None:
         _refuse_settings(args, options)
         _refuse_rows(options.get("train_dataset"))
-        options.setdefault("data_collator", _Collator(_pad_id(model)))
+        options.setdefault("data_collator", _Collator(pad_id(model)))
         super().__init__(model=model, args=args, **options)
         self.model_accepts_loss_kwargs = False  # the loss is already a mean over the batch
 
@@ -85,11 +86,6 @@ class _Collator:
         batch = collate([SimpleNamespace(**row) for row in rows], self._pad)
         weights = [row["weight"] for row in rows if "weight" in row]
         return {**batch, "weight": tensor(weights)} if len(weights) == len(rows) else batch
-
-
-def _pad_id(model: Any) -> int:
-    """Any token will do where nobody looks."""
-    return int(getattr(model.config, "pad_token_id", None) or 0)
 
 
 def _refuse_settings(args: Any, options: Mapping[str, Any]) -> None:
