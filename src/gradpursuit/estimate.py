@@ -25,6 +25,7 @@ from gradpursuit.data import Row, Table, draw, prepare
 from gradpursuit.evaluation.scoring import Scorer
 from gradpursuit.gradient_stage import Split, checkpoint_count, tuned_model, wanted_features
 from gradpursuit.gradients.collector import Collector, SignalCollector
+from gradpursuit.gradients.dry import dry_pass, some_tokens
 from gradpursuit.gradients.filling import CollectSpec, StoreFiller
 from gradpursuit.gradients.preconditioner import Preconditioner
 from gradpursuit.pipeline import Run, check
@@ -116,6 +117,8 @@ def estimate(config: RunConfig) -> Estimate:
         run.budget(sample.pool)
     if not config.warmup.trajectory:
         warmup_plan(config.warmup, sample.rows, run.seed("warmup"))  # refuses what the run would refuse
+    with tuned_model(run, run.seed("adapter")) as model:
+        dry_pass(model, run.compute, some_tokens(sample.pool))
     step = _step_seconds(run, sample)
     stages = {
         "data": Cost(sample.seconds, int(sum(map(_row_bytes, sample.pool)) * sample.scale)),

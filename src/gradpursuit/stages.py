@@ -88,7 +88,9 @@ def _check_inputs(run: Run) -> None:
 
 
 def _check_trajectory(run: Run) -> None:
-    """There must be a step for every checkpoint; a trajectory that was given, cluster and store must be there."""
+    """There must be a step for every checkpoint; a trajectory that was given, cluster and store must be there; and two
+    short rows must have the gradients that each of them has alone."""
+    from gradpursuit.gradients.dry import dry_pass, some_tokens
     from gradpursuit.trajectory.imported import checkpoint_folders
     from gradpursuit.trajectory.warmup import warmup_plan
 
@@ -97,6 +99,8 @@ def _check_trajectory(run: Run) -> None:
         checkpoint_folders(run.config.warmup.trajectory)
     else:
         warmup_plan(run.config.warmup, len(run.table("pool")), run.seed("warmup"))
+    with tuned_model(run, run.seed("adapter")) as model:
+        dry_pass(model, run.compute, some_tokens(run.table("pool")))
 
 
 def _trajectory(run: Run) -> dict[str, Any]:

@@ -210,7 +210,7 @@ class FeatureEngine(RowEngine):
                 square += torch.linalg.vecdot(values, values)
                 self._sketch.add(parameter, values, out)
 
-        with self._gradients.capture(consume):
+        with self._gradients.capture(consume, len(rows)):
             losses, tokens = self._loss(collate(rows, self._pad, width))
             losses.sum().backward()
         for name, size in list(unused.items()):  # its gradient is zero, but Adam's momentum would move it all the same

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gradpursuit.errors import ModelError
 from gradpursuit.gradients.linear import FollowedLinear, Linear, followed_linears
+from gradpursuit.trajectory.followed import followed_layers, listed_names, setting_without
 from gradpursuit.trajectory.model import trainable
 from gradpursuit.trajectory.pieces import Pieces, forward_replaced
 
@@ -28,7 +29,8 @@ class PerExampleGradients:
 
     `with engine.capture(consumer): loss(batch).sum().backward()` calls `consumer(parameter, gradient [B, *shape])`,
     float32, once for each parameter that the loss depends on, as soon as its gradient is whole; a module that the
-    forward pass uses several times counts all its uses. Parameters' own `grad` stays empty.
+    forward pass uses several times counts all its uses. Parameters' own `grad` stays as it was before: whatever arrives
+    there came by a way that is not followed, and is an error.
 
     Args:
         model: with LoRA adapters on linear layers, or with linear layers whose weights are trainable.
@@ -41,21 +43,32 @@ class PerExampleGradients:
     """
 
     def __init__(self, model: nn.Module, autocast: torch.dtype | None = None) -> None:
-        self._layers = followed_linears(model, autocast)
+        self._model, self._layers = model, followed_linears(model, autocast)
         self._pieces = Pieces(model)
         self._passes, self._lock, self._inside, self._restore = threading.local(), threading.Lock(), 0, ExitStack()
-        self.sizes = {name: parameter.numel() for name, parameter in trainable(model).items()}
+        self._trained = trainable(model)
+        self._aside: list[tuple[nn.Parameter, Tensor]] = []
+        self.sizes = {name: parameter.numel() for name, parameter in self._trained.items()}
 
     @contextmanager
-    def capture(self, consumer: Consumer) -> Iterator[None]:
+    def capture(self, consumer: Consumer, rows: int | None = None) -> Iterator[None]:
         """Hand each parameter's per-example gradient to `consumer` during the backward pass inside the block.
 
         Threads may do so side by side: each sees the gradients of its own losses.
+
+        Args:
+            consumer: takes names and gradients.
+            rows: B, where it is known: a layer whose input has another number of rows is refused.
+
+        Raises:
+            ModelError: a layer sees tokens without the example they belong to, or a trainable parameter has got a
+                gradient that did not come through its layer, so that it was not followed.
         """
-        pass_ = self._passes.current = _Pass(consumer)
+        pass_ = self._passes.current = _Pass(consumer, rows)
         try:
             with self._replaced():
                 yield
+                self._refuse_unseen()
             pass_.finish()
         finally:
             pass_.release()
@@ -66,6 +79,9 @@ class PerExampleGradients:
         """The model's layers do what is wanted here; the first thread to come replaces them, the last restores them."""
         with self._lock:
             if not self._inside:
+                self._aside = [(p, p.grad) for p in self._trained.values() if p.grad is not None]
+                for parameter, _ in self._aside:
+                    parameter.grad = None  # so that what arrives during the passes is seen
                 with ExitStack() as stack:
                     for module, layer in self._layers.items():
                         layer.refresh()
@@ -80,6 +96,22 @@ class PerExampleGradients:
                 self._inside -= 1
                 if not self._inside:
                     self._restore.close()
+                    for value in self._trained.values():
+                        value.grad = None
+                    for parameter, gradient in self._aside:
+                        parameter.grad = gradient
+                    self._aside = []
+
+    def _refuse_unseen(self) -> None:
+        """Autograd leaves a gradient in a parameter itself only if the parameter is used outside of its layer."""
+        unseen = [name for name, parameter in self._trained.items() if parameter.grad is not None]
+        if unseen:
+            raise ModelError(
+                f"{len(unseen)} trainable parameters have a gradient that does not come from calling their layer "
+                f"({listed_names(unseen)}): the model uses them in another way, so that no gradient of one example "
+                f"can be followed; leave {'them' if len(unseen) > 1 else 'it'} out of training "
+                f"({setting_without(followed_layers(self._model).values(), unseen)})"
+            )
 
     def _forward_of(self, layer: FollowedLinear) -> Callable[..., Tensor]:
         """What takes the place of the layer's forward method: the calling thread's pass does it."""
@@ -89,8 +121,8 @@ class PerExampleGradients:
 class _Pass:
     """One forward and backward pass: what is still to come, and sums over the uses of a module."""
 
-    def __init__(self, consumer: Consumer) -> None:
-        self._consumer = consumer
+    def __init__(self, consumer: Consumer, rows: int | None) -> None:
+        self._consumer, self._rows = consumer, rows
         self._pending: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
         self._anchor = torch.zeros((), requires_grad=True)
@@ -98,7 +130,7 @@ class _Pass:
 
     def forward(self, layer: FollowedLinear, x: Tensor) -> Tensor:
         """The layer's output; its gradients go to the consumer when the backward pass comes by."""
-        if x.dim() < 3:
+        if x.dim() < 3 or (self._rows is not None and len(x) != self._rows):
             raise ModelError(
                 f"'{layer.names[0]}' gets its tokens without a batch dimension, so examples cannot be told apart "
                 "(as in the experts of a mixture); leave that layer out of model.lora.target_modules"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ def followed_layers(model: nn.Module) -> dict[nn.Module, FollowedLayer]:
     parameters = trainable(model)
     if not parameters:
         raise ModelError(f"{type(model).__name__} has no trainable parameters, so there is nothing to follow")
+    _refuse_experts(model)
     owners = {id(value): name for name, value in parameters.items() if ".modules_to_save." not in name}
     output = model.get_output_embeddings()  # type: ignore[operator]  # it sees labelled positions of all rows at once
     outside = set(output.modules()) if output is not None else set()
@@ -71,6 +73,59 @@ def followed_layers(model: nn.Module) -> dict[nn.Module, FollowedLayer]:
             "(model.lora.target_modules, model.layers), and use plain LoRA"
         )
     return found
+
+
+def _refuse_experts(model: nn.Module) -> None:
+    """Refuse adapters on bare parameters: as peft puts them on experts and their gates, which transformers keeps as
+    parameters. Their product with the weight is made without calling any layer."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrapped = [(name, module) for name, module in model.named_modules() if isinstance(module, ParamWrapper)]
+    if not wrapped:
+        return
+    names = sorted({f"{_place(name)}.{module.parameter_name}" for name, module in wrapped})
+    plain = [name for name, module in model.named_modules() if isinstance(module, LoraLayer) and lora_of(module)]
+    fix = f"model.lora.target_modules: [{', '.join(_leaves(plain))}]" if plain else "model.layers"
+    raise ModelError(
+        f"the adapter is on {len(names)} bare parameters, such as the experts of a mixture and their gates "
+        f"({listed_names(names)}): their gradients cannot be told apart by example; put it on linear layers alone: "
+        f"{fix}"
+    )
+
+
+def _place(name: str) -> str:
+    """A module's name in the model itself, without what the adapter adds."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _leaves(names: Iterable[str]) -> list[str]:
+    """The last parts of names, each once."""
+    return sorted({name.rsplit(".", 1)[-1] for name in names})
+
+
+def listed_names(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message: those of layers that repeat are said once, with * for their numbers."""
+    short = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", _place(name)) for name in names))
+    return ", ".join(short[:most]) + (f" and {len(short) - most} more" if len(short) > most else "")
+
+
+def setting_without(layers: Iterable[FollowedLayer], names: Collection[str]) -> str:
+    """The setting under which the layers of some parameters are not trained, and all others are.
+
+    Args:
+        layers: all that are followed.
+        names: of parameters of those to leave out.
+    """
+    every = list(layers)
+    if not any(layer.lora for layer in every):
+        return "narrow model.layers"
+
+    def ends(found: Iterable[FollowedLayer]) -> set[str]:
+        return set(_leaves(layer.names[0].split(".lora_")[0] for layer in found))
+
+    left = ends(every) - ends(layer for layer in every if not set(layer.names).isdisjoint(names))
+    return f"model.lora.target_modules: [{', '.join(sorted(left))}]" if left else "name other model.lora.target_modules"
 
 
 def _names(owners: Mapping[int, str], *parts: Any) -> tuple[str, ...]:
