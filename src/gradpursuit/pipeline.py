@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gradpursuit.data import Renderer, Table
+    from gradpursuit.data.limits import Limits
     from gradpursuit.evaluation.findings import Line
     from gradpursuit.selection import Selection, Settings, Strategy
     from gradpursuit.trajectory.model import Compute
@@ -260,7 +261,7 @@ class Run:
         """The same run, choosing for another of its targets (None: its own); what was loaded is shared."""
         selection = self.config.selection.model_copy(update={"target": name})
         other = Run(self.config.model_copy(update={"selection": selection}), quick=self.quick, words=self.words)
-        shared = ("model_identity", "inputs", "compute", "base")
+        shared = ("model_identity", "inputs", "compute", "base", "limits")
         vars(other).update({key: value for key, value in vars(self).items() if key in shared})
         return other
 
@@ -320,7 +321,20 @@ class Run:
         from gradpursuit.trajectory.model import load_tokenizer
 
         data = self.config.data
-        return Renderer(load_tokenizer(self.config.model), data.turns, data.chat_template_kwargs)
+        tokenizer = load_tokenizer(self.config.model)
+        return Renderer(tokenizer, data.turns, data.chat_template_kwargs, self.limits)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What the model can take of a row.
+
+        Raises:
+            ModelError: its settings cannot be read.
+            ConfigError: `data.max_tokens` allows rows that change what the model makes of others.
+        """
+        from gradpursuit.trajectory.limits import load_limits
+
+        return load_limits(self.config.model, self.config.data.max_tokens)
 
     def strategies(self) -> list[Strategy]:
         """The configured strategies."""

@@ -65,7 +65,8 @@ class Cleaner:
     def clean(self, name: str) -> Iterator[Clean]:
         """The usable rows of split `name`, in order.
 
-        Reasons to drop one: `no supervised token`, `longer than max_tokens`, and what the chat template refuses.
+        Reasons to drop one: `no supervised token`, `longer than max_tokens`, more tokens than the model has positions,
+        and what the chat template refuses.
 
         Raises:
             DataError: a source cannot be read, or more than `data.max_dropped` of the rows, or all, were dropped.
@@ -81,6 +82,7 @@ class Cleaner:
                 rendered = self.renderer.many([example.conversation for example in batch])
                 for example, found in zip(batch, rendered, strict=True):
                     schemas.setdefault(example.source, Counter())[example.schema] += 1
+                    self._refuse_unknown(example, found)
                     reason = self._unusable(found)
                     losses.count(example, reason)
                     if reason:
@@ -93,11 +95,25 @@ class Cleaner:
             logger.info("%s: %s: %s", name, source, _schema_text(found_schemas))
         losses.refuse()
 
+    def _refuse_unknown(self, example: Example, found: Rendered | DataError) -> None:
+        """A token without an embedding: the tokenizer is not the model's, and no row of it can be trusted."""
+        limits = self.renderer.limits
+        token = limits.beyond(found.input_ids) if isinstance(found, Rendered) else None
+        if token is not None:
+            raise DataError(
+                f"token '{self.renderer.name(token)}' ({token}) of row {example.file}:{example.line} is past the "
+                f"model's {limits.vocabulary:,} embeddings: the tokenizer has tokens that the model has not; resize "
+                "them (model.resize_token_embeddings(len(tokenizer))) and save the model, or give the tokenizer that "
+                "belongs to it"
+            )
+
     def _unusable(self, found: Rendered | DataError) -> str:
         if isinstance(found, DataError):
             return str(found)
         if len(found.input_ids) > self.config.max_tokens:
             return "longer than max_tokens"
+        if reason := self.renderer.limits.too_long(len(found.input_ids)):
+            return reason
         return "" if found.supervised else "no supervised token"
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradpursuit.config import Turns
+from gradpursuit.data.limits import Limits
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.templates import ChatTemplate, Span
 from gradpursuit.errors import DataError, ModelError
@@ -67,6 +68,7 @@ class Renderer:
         tokenizer: a fast one.
         turns: what is supervised.
         template_variables: for the chat template, beside the conversation.
+        limits: of the model that is to read the rows, kept as `limits`; None: none.
 
     Raises:
         ModelError: the tokenizer gives no character offsets, or has neither a template nor an end token.
@@ -77,6 +79,7 @@ class Renderer:
         tokenizer: PreTrainedTokenizerBase,
         turns: Turns = "assistant",
         template_variables: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
@@ -84,8 +87,12 @@ class Renderer:
             )
         if tokenizer.chat_template is None and tokenizer.eos_token is None:
             raise ModelError("the tokenizer has neither a chat template nor an end-of-sequence token")
-        self._tokenizer, self._turns = tokenizer, turns
+        self._tokenizer, self._turns, self.limits = tokenizer, turns, limits or Limits()
         self._template = ChatTemplate(tokenizer, template_variables or {}) if tokenizer.chat_template else None
+
+    def name(self, token: int) -> str:
+        """How the tokenizer spells a token."""
+        return str(self._tokenizer.convert_ids_to_tokens(token))
 
     @property
     def masks(self) -> str:

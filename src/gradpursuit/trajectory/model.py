@@ -87,6 +87,21 @@ def load_tokenizer(config: ModelSection) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_config(config: ModelSection) -> Any:
+    """The model's settings, without its weights.
+
+    Raises:
+        ModelError: they are not there or cannot be read.
+    """
+    from transformers import AutoConfig
+
+    name, options = _source(config)
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code, **options)
+    except Exception as error:  # as above
+        raise ModelError(f"model.path '{config.path}': cannot be loaded: {_why(config, options, error)}") from error
+
+
 def load_model(config: ModelSection) -> PreTrainedModel:
     """The base model, float32, on the CPU, frozen and in evaluation mode.
 
