@@ -11,7 +11,7 @@ from test_data_prepare import lines, pair, pairs, renderer, run  # noqa: F401
 from gradpursuit.config import DataSection
 from gradpursuit.data import Renderer, Table, left_out, prepare_target
 from gradpursuit.data.duplicates import text_hash
-from gradpursuit.data.leakage import Leaks, Protected
+from gradpursuit.data.leakage import Leak, Leaks, Protected
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.errors import DataError
 
@@ -37,14 +37,57 @@ def test_white_space_and_case_are_folded(one: str, other: str, same: bool) -> No
     assert (text_hash(one) == text_hash(other)) is same
 
 
-def test_the_first_of_exact_copies_stays(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
-    pool = [*pairs("p", 3), pair("P1 ", "ANSWER\n1", id="copy"), pair("p1", "answer 1", id="third"), pair("p1", "no")]
-    counts, tables, dropped = run(tmp_path, renderer, pool, pairs("t", 4))
+COPIES = [*pairs("p", 3), pair("P1 ", "ANSWER\n1", id="copy"), pair("p1", "answer 1", id="third"), pair("p1", "no")]
+
+
+def test_exact_copies_have_the_same_tokens(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
+    counts, tables, dropped = run(tmp_path, renderer, COPIES, pairs("t", 4))
+    assert len(tables["pool"]) == 5
+    assert [(d["id"], d["reason"], d["duplicate_of"]) for d in dropped] == [("third", "duplicate", "p-1")]
+    assert (counts["dropped"], counts["distinct"]) == ({"pool: duplicate": 1}, 4)
+
+
+def test_the_first_of_folded_copies_stays(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
+    counts, tables, dropped = run(tmp_path, renderer, COPIES, pairs("t", 4), deduplicate="folded")
     assert tables["pool"].ids[:3] == ["p-0", "p-1", "p-2"]
     assert len(tables["pool"]) == counts["distinct"] == 4
-    assert drops(dropped) == {"copy": "duplicate", "third": "duplicate"}
+    reason = "duplicate up to case and white space"
+    assert drops(dropped) == {"copy": reason, "third": reason}
     assert {record["duplicate_of"] for record in dropped} == {"p-1"}
-    assert counts["dropped"] == {"pool: duplicate": 2}
+    assert counts["dropped"] == {f"pool: {reason}": 2}
+
+
+@pytest.mark.parametrize("deduplicate", ["exact", "folded", "none"])
+def test_rows_that_differ_in_case_are_leaks_and_stay_together(
+    tmp_path: Path,
+    renderer: Renderer,  # noqa: F811
+    deduplicate: str,
+) -> None:
+    rows = [pair(word, "x", id=word) for i in range(6) for word in (f"word {i}", f"WORD  {i}")]
+    _, tables, _ = run(tmp_path, renderer, [*rows[:4], pair("other")], rows[4:], deduplicate=deduplicate)
+    sides = [{name.lower().split()[1] for name in tables[split].ids} for split in ("target", "heldout")]
+    assert not sides[0] & sides[1]
+    _, tables, dropped = run(tmp_path, renderer, rows[1::2], rows[:4:2], rows[4:8:2], deduplicate=deduplicate)
+    assert tables["pool"].ids == ["WORD  4", "WORD  5"]
+    assert set(drops(dropped).values()) == {"same content as a row of target or heldout"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            "def f(x):\n    if x:\n        return 1\n    return 2",
+            "def f(x):\n    if x:\n        return 1\n        return 2",
+        ),
+        ("Polish", "polish"),
+        ("TIDE TABLE", "tide table"),
+        ("f ( x )", "f(x)"),
+    ],
+)
+def test_what_differs_is_no_exact_copy(tmp_path: Path, renderer: Renderer, one: str, other: str) -> None:  # noqa: F811
+    pool = [pair("Say it.", one, id="one"), pair("Say it.", other, id="other")]
+    assert len(run(tmp_path, renderer, pool, pairs("t", 4))[1]["pool"]) == 2
+    assert len(run(tmp_path, renderer, pool, pairs("t", 4), deduplicate="folded")[1]["pool"]) == 1
 
 
 def test_copies_are_kept_if_asked(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
@@ -79,7 +122,7 @@ def test_near_copies_by_minhash(tmp_path: Path, renderer: Renderer) -> None:  # 
     assert len(tables["pool"]) == 5  # exact copies alone, unless asked
     target = [pair(f"{QUESTION} Round down.", "At three in the afternoon.", id="t"), *pairs("t", 4)]
     _, tables, dropped = run(
-        tmp_path, renderer, pool[1:], target, pairs("h", 2), deduplicate="near", near_threshold=0.6
+        tmp_path, renderer, pool[1:], target, pairs("h", 2), deduplicate="near", near_threshold=0.6, leak_coverage=None
     )
     assert (drops(dropped), dropped[0]["leaks"]) == ({"near": "near duplicate of a row of target or heldout"}, "t")
 
@@ -96,14 +139,13 @@ def protected(name: str, *texts: str) -> Protected:
 def test_what_leaks() -> None:
     leaks = Leaks([protected("long", QUESTION, "At three."), protected("short", "What is 3 times 4?", "It is twelve.")])
     holds = "holds the text of a row of"
-    assert leaks.find(text_hash("|".join((QUESTION, "At three."))), said("x", "y")) == (
-        "long",
-        "same content as a row of",
+    assert leaks.find(text_hash("|".join((QUESTION, "At three."))), said("x", "y")) == Leak(
+        "long", "same content as a row of"
     )
-    assert leaks.find("0", said(QUESTION, "Another answer.")) == ("long", holds)
-    assert leaks.find("0", said(f"Think. {QUESTION.upper()} Go!", "x")) == ("long", holds)
-    assert leaks.find("0", said("Hi", "Hello", "What is 3 times 4?", "it is TWELVE")) == ("short", holds)
-    assert leaks.find("0", Conversation(text=f"Once: {QUESTION} The end.")) == ("long", holds)
+    assert leaks.find("0", said(QUESTION, "Another answer.")) == Leak("long", holds)
+    assert leaks.find("0", said(f"Think. {QUESTION.upper()} Go!", "x")) == Leak("long", holds)
+    assert leaks.find("0", said("Hi", "Hello", "What is 3 times 4?", "it is TWELVE")) == Leak("short", holds)
+    assert leaks.find("0", Conversation(text=f"Once: {QUESTION} The end.")) == Leak("long", holds)
     assert leaks.find("0", said("What is 3 times 4?", "No idea.")) is None  # a short question alone is nobody's own
     assert leaks.find("0", said(QUESTION.replace("Oslo", "Voss"), "x")) is None
     assert leaks.find("0", said("pre" + QUESTION, "x")) is None  # whole words
@@ -114,12 +156,50 @@ def test_an_instruction_that_protected_rows_share_is_no_leak() -> None:
     rows = [protected(str(i), QUESTION, f"Answer number {i}.") for i in range(2)]
     assert Leaks(rows).find("0", said(QUESTION, "Something else.")) is None
     assert Leaks(rows[:1], rows[1:]).find("0", said(QUESTION, "Something else.")) is None
-    assert Leaks(rows).find("0", said(QUESTION, "Answer number 1.")) == ("1", "holds the text of a row of")
+    assert Leaks(rows).find("0", said(QUESTION, "Answer number 1.")) == Leak("1", "holds the text of a row of")
+
+
+def test_a_part_of_a_row_is_a_leak_by_its_runs_of_eight_words() -> None:
+    ten, part = "a b c d e f g h i j", "z b c d e f g h i z"
+    rows = [protected("ten", ten, "x")]
+    assert Leaks(rows, coverage=0.5).find("0", said(part, "y")) == Leak("ten", "holds a part of a row of", 0.8)
+    assert Leaks(rows, coverage=0.8).find("0", said(part, "y")) is not None
+    assert Leaks(rows, coverage=0.81).find("0", said(part, "y")) is None
+    assert Leaks(rows).find("0", said(part, "y")) is None
+    assert Leaks(rows, coverage=0.5).find("0", said("b c d e f g h z i", "y")) is None  # runs of seven
+    assert Leaks(rows, coverage=0.5).find("0", said(ten, "y")) == Leak("ten", "holds the text of a row of")
+
+
+def test_an_instruction_that_rows_share_covers_nothing() -> None:
+    instruction = "Read the story below with care and answer the question after it in one single word."
+    rows = [protected(str(i), f"{instruction} {story}", "x") for i, story in enumerate(("Ann ran.", "Bob sat."))]
+    leaks = Leaks(rows, coverage=0.3)
+    assert leaks.find("0", said(f"{instruction} Cid ate.", "y")) is None
+    third = protected("2", f"{instruction} Cid ate.", "x")
+    assert Leaks(rows[:1], [rows[1], third], 0.3).find(third.hash, third.conversation) is None
+    assert Leaks(rows[:1], [third], 0.3).find(third.hash, third.conversation) is not None  # shared by the two alone
+    assert Leaks(rows[:1], (), 0.3).find("0", said(f"{instruction} Cid ate.", "y")) is not None
+    assert leaks.find("0", said(f"{instruction} Ann ran.", "y")) == Leak("0", "holds the text of a row of")
+
+
+def test_parts_are_dropped_with_their_share(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
+    pool = [*pairs("p", 3), pair(QUESTION.replace("Oslo", "Voss"), "x", id="part")]
+    target = [pair(QUESTION, "At three.", id="secret"), *pairs("t", 3)]
+    _, tables, dropped = run(tmp_path, renderer, pool, target, pairs("h", 2))
+    assert tables["pool"].ids == ["p-0", "p-1", "p-2"]
+    (record,) = dropped
+    assert (record["reason"], record["leaks"]) == ("holds a part of a row of target or heldout", "secret")
+    assert record["coverage"] == round(16 / 17, 3)
+    _, tables, dropped = run(tmp_path, renderer, pool, target, pairs("h", 2), leak_coverage=None)
+    assert (len(tables["pool"]), dropped) == (4, [])
+    target[1] = pair(f"Now: {QUESTION.replace('Oslo', 'Voss')}", "x", id="near")
+    _, tables, dropped = run(tmp_path, renderer, pairs("p", 3), target[1:], [target[0], *pairs("h", 2)])
+    assert drops(dropped) == {"near": "holds a part of a row of heldout"}
 
 
 def test_a_plain_text_target_leaks_as_a_whole() -> None:
     leaks = Leaks([Protected("t", "1", Conversation(text=QUESTION))])
-    assert leaks.find("0", said("Quote it.", QUESTION)) == ("t", "holds the text of a row of")
+    assert leaks.find("0", said("Quote it.", QUESTION)) == Leak("t", "holds the text of a row of")
 
 
 def test_leaks_are_removed_and_listed_or_kept_and_counted(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811

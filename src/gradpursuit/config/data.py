@@ -86,14 +86,22 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template, such as {enable_thinking: false}"
     )
-    deduplicate: Literal["exact", "near", "none"] = Field(
-        "exact", description="keep one of the pool rows with the same text, or nearly the same, or keep all"
+    deduplicate: Literal["exact", "folded", "near", "none"] = Field(
+        "exact",
+        description="keep one of the pool rows with the same tokens and labels (exact), with the same text up to case "
+        "and white space (folded), or with nearly the same (near); or keep all (none)",
     )
     near_threshold: Number = Field(
         0.8, gt=0, lt=1, description="Jaccard similarity of three-word shingles from which rows are near duplicates"
     )
     leaks: Literal["remove", "keep"] = Field(
         "remove", description="pool rows that hold the text of a target or held-out row"
+    )
+    leak_coverage: Number | None = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="share of that text from which a part of it, in runs of eight words, counts; null: the whole alone",
     )
     max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
     max_dropped: Number = Field(

@@ -1,18 +1,21 @@
-"""Which rows repeat others: exactly, once white space and case are folded, or nearly, by MinHash."""
+"""Which rows repeat others: exactly, up to white space and case, or nearly, by MinHash."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from gradpursuit.data.schemas import Conversation
+from gradpursuit.data.words import words
 
 if TYPE_CHECKING:
     from datasketch import MinHash
 
-_WORD = re.compile(r"\w+")
 _IDLE_SPACE = re.compile(r"(?<!\w) | (?!\w)")
 _SHINGLE = 3  # words
 _PERMUTATIONS = 128
@@ -22,19 +25,26 @@ def text_hash(text: str) -> str:
     """sha256 (hex) of a text with its case folded, and its white space: one space between words, none elsewhere.
 
     White space beside punctuation is folded away, because in rendered text a turn's own edges lie beside marks.
+    Characters with marks are composed first, so that both ways to write one are the same.
     """
-    return hashlib.sha256(_IDLE_SPACE.sub("", " ".join(text.casefold().split())).encode()).hexdigest()
+    folded = unicodedata.normalize("NFC", text.casefold())
+    return hashlib.sha256(_IDLE_SPACE.sub("", " ".join(folded.split())).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def words(conversation: Conversation) -> list[str]:
-    """Everything that is said, in order, case folded: words alone, without punctuation."""
+def exact_hash(input_ids: Sequence[int], labels: Sequence[int]) -> str:
+    """sha256 (hex) of tokens and labels [L]: equal for rows that train a model in the same way."""
+    return hashlib.sha256(np.array([input_ids, labels], dtype="<i8").tobytes()).hexdigest()
+
+
+def said(conversation: Conversation) -> list[str]:
+    """The words of everything that is said, in order, as :func:`~gradpursuit.data.words.words` finds them."""
     if conversation.text is not None:
-        return _WORD.findall(conversation.text.casefold())
-    return [word for message in conversation.messages for word in _WORD.findall(message["content"].casefold())]
+        return words(conversation.text)
+    return [word for message in conversation.messages for word in words(message["content"])]
 
 
-class ExactCopies:
-    """The first row of every text, by :func:`text_hash`; about 250 bytes of memory for each."""
+class Copies:
+    """The first row of every hash; about 250 bytes of memory for each."""
 
     def __init__(self) -> None:
         self._first: dict[bytes, str] = {}
@@ -43,7 +53,7 @@ class ExactCopies:
         return len(self._first)
 
     def first(self, digest: str, name: str) -> str | None:
-        """The id of an earlier row with the same text; without one, None, and the row `name` is remembered."""
+        """The id of an earlier row with the same hash; without one, None, and the row `name` is remembered."""
         key = bytes.fromhex(digest[:32])
         found = self._first.get(key)
         if found is None:
@@ -65,9 +75,9 @@ class NearCopies:
         self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
         self._signatures: dict[str, MinHash] = {}
 
-    def first(self, said: Sequence[str], key: str) -> str | None:
+    def first(self, text: Sequence[str], key: str) -> str | None:
         """The key of the most similar earlier text; without one, None, and this text is remembered as `key`."""
-        made = _signature(said)
+        made = _signature(text)
         found = [(made.jaccard(self._signatures[other]), other) for other in sorted(self._index.query(made))]
         similarity, nearest = max(found, key=lambda pair: pair[0], default=(0.0, ""))
         if similarity >= self._threshold:
@@ -77,10 +87,10 @@ class NearCopies:
         return None
 
 
-def _signature(said: Sequence[str]) -> MinHash:
+def _signature(text: Sequence[str]) -> MinHash:
     from datasketch import MinHash
 
-    shingles = {" ".join(said[i : i + _SHINGLE]) for i in range(max(1, len(said) - _SHINGLE + 1))}
+    shingles = {" ".join(text[i : i + _SHINGLE]) for i in range(max(1, len(text) - _SHINGLE + 1))}
     made = MinHash(num_perm=_PERMUTATIONS, seed=1)
-    made.update_batch([shingle.encode() for shingle in sorted(shingles)])
+    made.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in sorted(shingles)])
     return made

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gradpursuit.config import DataSection
-from gradpursuit.data.prepare import prepare
+from gradpursuit.data.prepare import EXACT, FOLDED, prepare
 from gradpursuit.data.render import IGNORE, Renderer
 from gradpursuit.data.table import Row, Table
 
@@ -59,10 +59,12 @@ class Inspection:
         supervised: the same of the supervised tokens alone.
         dropped: by split and reason.
         deduplicate: what is done with copies.
-        distinct: different texts among the usable rows of the pool.
-        copies: rows of the pool that are exact copies of earlier ones.
+        distinct: texts of the pool that stay and are different up to case and white space.
+        copies: rows of the pool that are copies of earlier ones; which ones count: :attr:`copies_are`.
+        copies_are: "exact copies", or "copies up to case and white space", which `folded`, `near` and `none` count.
         clusters: the largest groups of copies that were removed: id of the row that stays, and number of its copies.
-        leaks: some of the pool rows that hold target text: id, place, and the id of the row that they leak.
+        leaks: some of the pool rows that hold target text: id, place, the id of the row that they leak, and of a part
+            the share of that text (`coverage`).
         leaks_kept: how many such rows stay in the pool.
         shown: some rows of pool and target.
     """
@@ -77,6 +79,7 @@ class Inspection:
     deduplicate: str
     distinct: int
     copies: int
+    copies_are: str
     clusters: list[dict[str, Any]]
     leaks: list[dict[str, Any]]
     leaks_kept: int
@@ -116,7 +119,7 @@ def inspect(
         check(tables["pool"])
         lengths = {name: _lengths(table) for name, table in tables.items()}
         shown = [_shown(name, row, renderer) for name in SPLITS[:2] for row in _spread(tables[name], number)]
-        removed = counts["dropped"].get("pool: duplicate", 0)
+        removed = sum(counts["dropped"].get(f"pool: {reason}", 0) for reason in (EXACT, FOLDED))
         return Inspection(
             turns=config.turns,
             masks=counts["masks"],
@@ -127,7 +130,8 @@ def inspect(
             dropped=[Drop(*key, rows, records.first[key]) for key, rows in records.reasons.items()],
             deduplicate=config.deduplicate,
             distinct=counts["distinct"],
-            copies=removed or len(tables["pool"]) - counts["distinct"] if config.deduplicate == "none" else removed,
+            copies=len(tables["pool"]) - counts["distinct"] if config.deduplicate == "none" else removed,
+            copies_are="exact copies" if config.deduplicate == "exact" else "copies up to case and white space",
             clusters=[{"id": name, "copies": copies} for name, copies in records.clusters.most_common(_LISTED)],
             leaks=records.leaks,
             leaks_kept=counts["leaks_kept"],
@@ -154,7 +158,8 @@ class _Records:
         if "duplicate_of" in record:
             self.clusters[record["duplicate_of"]] += 1
         if "leaks" in record and len(self.leaks) < _LISTED:
-            self.leaks.append({"id": record["id"], "place": place, "leaks": record["leaks"]})
+            part = {"coverage": record["coverage"]} if "coverage" in record else {}
+            self.leaks.append({"id": record["id"], "place": place, "leaks": record["leaks"], **part})
 
 
 def _lengths(table: Table) -> tuple[list[int], list[int]]:

@@ -1,18 +1,20 @@
 """Which rows hold the text of rows that they are to be scored or guided by.
 
-A row leaks if its rendered text is that of a protected row, white space and case folded, or if it holds, word by word,
-a whole user turn of one, or, where that is short, the turn and its answer. Fewer than eight words say too little, and a
-turn that several protected rows share is an instruction, not a secret: neither counts.
+A row leaks if its rendered text is that of a protected row up to white space and case; if it holds, word by word, a
+whole user turn of one, or, where that is short, the turn and its answer; or if it holds a large enough share of that
+passage in runs of eight words. Fewer than eight words say too little. A turn, or a run of words, that several protected
+rows share is an instruction, not a secret: neither counts.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gradpursuit.data.duplicates import words
+from gradpursuit.data.duplicates import said
 from gradpursuit.data.schemas import Conversation
+from gradpursuit.data.words import grams, weight
 
 _ENOUGH = 8  # words that are not the same by chance
 
@@ -26,64 +28,111 @@ class Protected:
     conversation: Conversation
 
 
+@dataclass(frozen=True)
+class Leak:
+    """What a row leaks.
+
+    Attributes:
+        id: of the protected row.
+        reason: in words that end before the name of its split.
+        coverage: share of the passage that the row holds, in (0, 1].
+    """
+
+    id: str
+    reason: str
+    coverage: float = 1.0
+
+
+@dataclass(frozen=True)
+class _Passage:
+    """What of a protected row must not be in others: its words between spaces, and how many they are."""
+
+    row: str
+    text: str
+    words: int
+
+
 class Leaks:
     """Finds the protected row that another one leaks.
 
     Args:
         rows: that are protected.
-        siblings: other rows of the same task: a turn that occurs in several of all of them is an instruction.
+        siblings: other rows of the same task, which are to be looked at: a turn that occurs in several of all of them
+            is an instruction, and so is a run of words that occurs in a third.
+        coverage: share of the words of a passage from which a part of it is a leak; None: whole passages alone.
     """
 
-    def __init__(self, rows: Sequence[Protected], siblings: Sequence[Protected] = ()) -> None:
+    def __init__(
+        self, rows: Sequence[Protected], siblings: Sequence[Protected] = (), coverage: float | None = None
+    ) -> None:
         self._hashes = {row.hash: row.id for row in rows}
+        self._coverage = coverage
+        self._sharing = 2 if siblings else 1  # a sibling that holds a run of words is itself one of those that share it
         distinct = {row.hash: row for row in [*rows, *siblings]}.values()
-        shared = Counter(turn for row in distinct for turn in set(_user_turns(row.conversation)))
-        self._passages: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        turns, shared = Counter[str](), Counter[str]()
+        for row in distinct:
+            turns.update({" ".join(asked) for asked, _ in _parts(row.conversation)})
+            found = (asked + answer for asked, answer in _parts(row.conversation))
+            shared.update({gram for passage in found for gram, _, _ in grams(passage, _ENOUGH)})
+        self._whole: dict[str, list[_Passage]] = defaultdict(list)  # under one of its runs of words, the rarest
+        self._parts: dict[str, list[tuple[_Passage, int, int]]] = defaultdict(list)  # under every run of its own
         for row in rows:
-            for passage in _passages(row.conversation, shared):
-                rarest = max(passage.split(), key=len)  # long words are rare: few rows have to be looked at closely
-                self._passages[rarest].append((f" {passage} ", row.id))
+            for passage in _passages(row.conversation, turns):
+                self._add(row, passage, shared)
 
-    def find(self, digest: str, conversation: Conversation) -> tuple[str, str] | None:
-        """The id of the protected row whose text is in this one, and the reason in words."""
+    def _add(self, row: Protected, words: list[str], shared: Counter[str]) -> None:
+        runs = list(grams(words, _ENOUGH))
+        passage = _Passage(row.id, f" {' '.join(words)} ", len(words))
+        self._whole[min(runs, key=lambda run: shared[run[0]])[0]].append(passage)
+        for gram, start, stop in runs if self._coverage is not None else ():
+            if shared[gram] <= self._sharing:
+                self._parts[gram].append((passage, start, stop))
+
+    def find(self, digest: str, conversation: Conversation) -> Leak | None:
+        """What a row leaks whose text hash is `digest`; of several parts, the largest."""
         if digest in self._hashes:
-            return self._hashes[digest], "same content as a row of"
-        if not self._passages:
+            return Leak(self._hashes[digest], "same content as a row of")
+        if not self._whole:
             return None
-        said = words(conversation)
+        words = said(conversation)
+        runs = {gram for gram, _, _ in grams(words, _ENOUGH)}
         text = ""
-        for word in self._passages.keys() & set(said):
-            text = text or f" {' '.join(said)} "
-            for passage, name in self._passages[word]:
-                if passage in text:
-                    return name, "holds the text of a row of"
-        return None
+        for gram in sorted(self._whole.keys() & runs):
+            text = text or f" {' '.join(words)} "
+            for passage in self._whole[gram]:
+                if passage.text in text:
+                    return Leak(passage.row, "holds the text of a row of")
+        return self._part(self._parts.keys() & runs)
+
+    def _part(self, runs: set[str]) -> Leak | None:
+        held: dict[_Passage, set[int]] = defaultdict(set)
+        for run in runs:
+            for passage, start, stop in self._parts[run]:
+                held[passage].update(range(start, stop))
+        shares = [(len(places) / passage.words, passage.row) for passage, places in held.items()]
+        share, row = max(shares, default=(0.0, ""))
+        if not shares or self._coverage is None or share < self._coverage:
+            return None
+        return Leak(row, "holds a part of a row of", share)
 
 
-def _user_turns(conversation: Conversation) -> Iterator[str]:
-    """The words of every user turn, or of the plain text."""
-    for part in _parts(conversation):
-        yield " ".join(part[0])
-
-
-def _passages(conversation: Conversation, shared: Counter[str]) -> Iterable[str]:
+def _passages(conversation: Conversation, turns: Counter[str]) -> Iterator[list[str]]:
     """What of a row must not be in others, word by word."""
     for asked, answer in _parts(conversation):
-        turn = " ".join(asked)
-        if len(asked) >= _ENOUGH and shared[turn] <= 1:
-            yield turn
-        elif answer and len(asked) + len(answer) >= _ENOUGH:
-            yield f"{turn} {' '.join(answer)}".strip()
+        if weight(asked) >= _ENOUGH and turns[" ".join(asked)] <= 1:
+            yield asked
+        elif answer and weight(asked) + weight(answer) >= _ENOUGH:
+            yield asked + answer
 
 
 def _parts(conversation: Conversation) -> Iterator[tuple[list[str], list[str]]]:
-    """The words of every user turn, and of the assistant's turn right after it (none: empty)."""
+    """The words of every user turn, or of the plain text, and of the assistant's turn right after it (none: empty)."""
     if conversation.text is not None:
-        yield words(conversation), []
+        yield said(conversation), []
         return
     messages = conversation.messages
     for index, message in enumerate(messages):
         if message["role"] == "user":
             after = messages[index + 1 : index + 2]
             answered = bool(after) and after[0]["role"] == "assistant"
-            yield words(Conversation((message,))), words(Conversation(tuple(after))) if answered else []
+            yield said(Conversation((message,))), said(Conversation(tuple(after))) if answered else []

@@ -16,9 +16,9 @@ import numpy as np
 
 from gradpursuit.config import DataSection
 from gradpursuit.data.dropped import Dropped, Losses
-from gradpursuit.data.duplicates import ExactCopies, NearCopies, text_hash, words
+from gradpursuit.data.duplicates import Copies, NearCopies, exact_hash, said, text_hash
 from gradpursuit.data.formats import count
-from gradpursuit.data.leakage import Leaks, Protected
+from gradpursuit.data.leakage import Leak, Leaks, Protected
 from gradpursuit.data.readers import Example, read_examples
 from gradpursuit.data.render import Rendered, Renderer
 from gradpursuit.data.schemas import Conversation, recognise
@@ -29,6 +29,7 @@ from gradpursuit.progress import Progress
 from gradpursuit.sources import expand, paths
 
 logger = logging.getLogger("gradpursuit")
+EXACT, FOLDED = "duplicate", "duplicate up to case and white space"  # why a copy was dropped
 _BATCH = 256  # rows that are tokenized together
 _TARGET = ("target", "heldout")
 
@@ -120,14 +121,14 @@ class Cleaner:
 def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: float, seed: int) -> dict[str, Any]:
     """Write `pool.parquet`, `target.parquet`, `heldout.parquet` and `dropped.jsonl` into `folder`, or nothing.
 
-    Pool rows that hold the text of a target or held-out row are dropped as leaks, and copies of earlier pool rows as
-    duplicates (target rows are kept as they are given: whoever repeats one means it). Without a held-out source, the
-    share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own target: there are no
-    target rows, and the share is that of the pool.
+    Pool rows that hold the text of a target or held-out row, or a large part of it, are dropped as leaks, and copies of
+    earlier pool rows as duplicates (target rows are kept as they are given: whoever repeats one means it). Without a
+    held-out source, the share `holdout` of the target is set aside, drawn with `seed`. In-domain the pool is its own
+    target: there are no target rows, and the share is that of the pool.
 
     Returns:
-        Counts for the manifest: rows kept per split, drops per reason, distinct texts of the pool, schemas per source,
-        and how the supervised tokens were found.
+        Counts for the manifest: rows kept per split, drops per reason, texts of the pool that are distinct up to case
+        and white space, schemas per source, and how the supervised tokens were found.
 
     Raises:
         DataError: a source is unusable, or too little is left of a split.
@@ -169,14 +170,15 @@ def prepare_target(
     with Dropped.opened(folder / "dropped.jsonl") as dropped:
         cleaner = Cleaner(config, renderer, dropped)
         target = _targets(cleaner, folder, holdout, seed)
-        leaks = Leaks([row.protected for split in target.values() for row in split])
-        said, found = _Said(config, pool), 0
+        protected = [row.protected for split in target.values() for row in split]
+        leaks = Leaks(protected, coverage=config.leak_coverage)
+        conversation, found = _Said(config, pool), 0
         with Progress("look for the target in the pool", len(pool)) as progress:
             for row in pool if config.leaks == "remove" else ():
-                if leak := leaks.find(row.hash, said(row)):
+                if leak := leaks.find(row.hash, conversation(row)):
                     found += 1
-                    reason = f"{leak[1]} target or heldout; left out of selections for this target"
-                    dropped.add("pool", row, reason, leaks=leak[0])
+                    reason = f"{leak.reason} target or heldout; left out of selections for this target"
+                    dropped.add("pool", row, reason, **_evidence(leak))
                 progress.update()
         if found == len(pool):
             raise DataError("every row of the pool is also in target or heldout: nothing is left to choose from")
@@ -216,12 +218,13 @@ class _Guard:
     """Keeps leaks and copies out of the pool."""
 
     def __init__(self, config: DataSection, protected: Sequence[Protected]) -> None:
-        self._config, self._leaks, self._copies, self.kept = config, Leaks(protected), ExactCopies(), 0
+        self._config, self._leaks = config, Leaks(protected, coverage=config.leak_coverage)
+        self._copies, self.kept = Copies(), 0
         self._near = NearCopies(config.near_threshold) if config.deduplicate == "near" else None
         self._targets = {f"target {number}": row.id for number, row in enumerate(protected)}
         for key, row in zip(self._targets, protected, strict=True):
             if self._near and config.leaks == "remove":
-                self._near.first(words(row.conversation), key)
+                self._near.first(said(row.conversation), key)
 
     def filter(self, cleaner: Cleaner, path: Path) -> int:
         """Clean the pool and write the rows that stay to `path`; returns how many they are."""
@@ -242,17 +245,19 @@ class _Guard:
         row = clean.row
         if leak := self._leaks.find(row.hash, clean.conversation):
             if self._config.leaks == "remove":
-                dropped.add("pool", row, f"{leak[1]} target or heldout", leaks=leak[0])
+                dropped.add("pool", row, f"{leak.reason} target or heldout", **_evidence(leak))
                 return True
             self.kept += 1
-        first = self._copies.first(row.hash, row.id)
-        if first is not None and self._config.deduplicate != "none":
-            dropped.add("pool", row, "duplicate", duplicate_of=first)
+        exact = self._config.deduplicate == "exact"
+        digest = exact_hash(row.input_ids, row.labels) if exact else row.hash
+        first = None if self._config.deduplicate == "none" else self._copies.first(digest, row.id)
+        if first is not None:
+            dropped.add("pool", row, EXACT if exact else FOLDED, duplicate_of=first)
             return True
         return self._near is not None and self._is_near(self._near, clean, dropped)
 
     def _is_near(self, near: NearCopies, clean: Clean, dropped: Dropped) -> bool:
-        key = near.first(words(clean.conversation), f"pool {clean.row.id}")
+        key = near.first(said(clean.conversation), f"pool {clean.row.id}")
         if key is None:
             return False
         if key in self._targets:
@@ -282,11 +287,12 @@ def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[
         chosen = held_out("target", [clean.row.hash for clean in target], holdout, seed)
         made["heldout"] = [clean for clean in target if clean.row.hash in chosen]
         target = [clean for clean in target if clean.row.hash not in chosen]
-    leaks = Leaks([row.protected for row in made.get("heldout", [])], [row.protected for row in target])
+    heldout, siblings = ([row.protected for row in rows] for rows in (made.get("heldout", []), target))
+    leaks = Leaks(heldout, siblings, cleaner.config.leak_coverage)
     made["target"] = []
     for clean in target:
         if leak := leaks.find(clean.row.hash, clean.conversation):
-            cleaner.dropped.add("target", clean.row, f"{leak[1]} heldout", leaks=leak[0])
+            cleaner.dropped.add("target", clean.row, f"{leak.reason} heldout", **_evidence(leak))
         else:
             made["target"].append(clean)
     if target and not made["target"]:
@@ -323,6 +329,12 @@ def _row(example: Example, rendered: Rendered) -> Row:
         rendered.labels,
         example.file,
     )
+
+
+def _evidence(leak: Leak) -> dict[str, Any]:
+    """What is listed of a leak; the share only of a part."""
+    part = {"coverage": round(leak.coverage, 3)} if leak.coverage < 1 else {}
+    return {"leaks": leak.id, **part}
 
 
 class _Said:

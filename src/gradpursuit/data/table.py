@@ -45,7 +45,8 @@ class Row:
 
     Attributes:
         id: unique in its split.
-        hash: sha256 over its rendered text, white space and case folded: equal for exact copies, whatever their id.
+        hash: sha256 over its rendered text, white space and case folded: equal for copies up to these, whatever
+            their id.
         source: the name of its source.
         line: its line in `file`, from 1.
         original: every original column, as JSON text.

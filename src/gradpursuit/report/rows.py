@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -78,18 +79,22 @@ def _tables(found: Inspection) -> Iterator[RenderableType]:
         yield dropped
 
 
+def _share(leak: dict[str, Any]) -> str:
+    return f"{leak['coverage']:.0%} of " if "coverage" in leak else ""
+
+
 def _lines(found: Inspection) -> Iterator[str]:
     yield f"supervised ({OPEN}…{CLOSE}): data.turns {found.turns}; found by {found.masks}"
     kept = "kept" if found.deduplicate == "none" else "removed"
     yield (
-        f"duplicates: {found.copies} exact copies in the pool are {kept} (data.deduplicate {found.deduplicate}); "
-        f"{found.distinct} distinct texts"
+        f"duplicates: {found.copies} {found.copies_are} in the pool are {kept} (data.deduplicate {found.deduplicate}); "
+        f"{found.distinct} distinct texts up to case and white space stay"
     )
     for cluster in found.clusters:
         yield f"  {cluster['id']}: {cluster['copies']} copies of it are removed"
     removed = sum(drop.rows for drop in found.dropped if drop.split == "pool" and "target or heldout" in drop.reason)
     yield f"leakage: {removed} pool rows hold target text and are removed, {found.leaks_kept} are kept"
     for leak in found.leaks:
-        yield f"  {leak['place']}: {leak['id']} holds {leak['leaks']}"
+        yield f"  {leak['place']}: {leak['id']} holds {_share(leak)}{leak['leaks']}"
     if not found.dropped:
         yield "no row is left out"
