@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gradpursuit.errors import TrajectoryError
 from gradpursuit.trajectory.checkpoint import put_weights
+from gradpursuit.trajectory.followed import embedding_weights
 from gradpursuit.trajectory.model import plain_name, trainable
 from gradpursuit.trajectory.optimizer_files import load_torch, read_distributed
 
@@ -20,23 +21,40 @@ _SHARDS = "pytorch_model_fsdp_0"
 def put_foreign_weights(folder: Path, model: nn.Module) -> None:
     """Put the weights in a checkpoint folder into the trainable parameters of `model`.
 
-    Of a folder with a whole model, what is not trained must be as in `model`: it is not followed.
+    Of a folder with a whole model, what is not trained must be as in `model`: it is not followed. The same holds for
+    the embeddings and the output layer that `peft` saves beside an adapter when the vocabulary was resized.
 
     Raises:
         TrajectoryError: there are none, the file is broken, or the weights are not those of the model.
     """
     ours = {plain_name(name): name for name in trainable(model)}
-    fixed = {plain_name(name): p for name, p in model.named_parameters() if not p.requires_grad}
+    everything = {  # tied weights by each of their names
+        plain_name(name).replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    fixed = {name: parameter for name, parameter in everything.items() if not parameter.requires_grad}
+    embedded = embedding_weights(model)
     found: dict[str, Tensor] = {}
     path, whole = _file(folder)
     for name, value in _tensors(path):
-        plain = plain_name(name)
-        if not whole or plain in ours:
+        plain = plain_name(name).replace(".base_layer.", ".")
+        if plain in ours or (plain not in fixed and not whole):
             found[ours.get(plain, name)] = value
         elif plain in fixed and not _same(fixed[plain], value):
+            if (
+                id(fixed[plain]) in embedded
+                and value.shape[1:] == fixed[plain].shape[1:]
+                and len(value) != len(fixed[plain])
+            ):
+                raise TrajectoryError(
+                    f"{path}: the adapter was trained on a vocabulary of {len(value):,}, model.path has "
+                    f"{len(fixed[plain]):,} ('{name}'): give the resized model as model.path (save it with "
+                    "save_pretrained after resize_token_embeddings, before training)"
+                )
             raise TrajectoryError(
-                f"{path}: '{name}' is not as in model.path, and model.layers does not name it; either another model "
-                "was trained or more of it: exactly what was trained can be followed"
+                f"{path}: '{name}' is not as in model.path, and "
+                + ("model.layers does not name it; " if whole else "it is not part of the adapter; ")
+                + "either another model was trained or more of it: exactly what was trained can be followed"
             )
     put_weights(path, found, model)
 
