@@ -124,7 +124,7 @@ def read_json(path: Path) -> Any:
         return json.loads(bytes(stored_bytes(path)[:]) if is_remote(path) else path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: not there") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}; delete it and run the stage again") from None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gradpursuit.errors import RunError, TrajectoryError
 from gradpursuit.files import read_json, write_atomic, write_folder, write_json
 from gradpursuit.trajectory.model import trainable
-from gradpursuit.trajectory.optimizer import AdamState, LackingMoments, NoMoments
+from gradpursuit.trajectory.optimizer import AdamState, LackingMoments, NoMoments, check_constants
 from gradpursuit.trajectory.tuning import ADAPTER_CONFIG
 
 ADAPTER, WEIGHTS, MOMENTS, STATE = (
@@ -87,6 +87,13 @@ def put_weights(path: Path, weights: dict[str, Tensor], model: nn.Module) -> Non
     """
     parameters = trainable(model)
     _check_fit(path, weights, parameters)
+    for name in parameters:
+        value = weights[name]
+        if not value.dtype.is_floating_point or value.layout != torch.strided or not bool(value.isfinite().all()):
+            raise TrajectoryError(
+                f"{path}: '{name}' ({value.dtype}) holds numbers that are not finite, or is no plain tensor of numbers "
+                "with a fraction; such weights cannot be followed"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
@@ -149,10 +156,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         state = {}
     reason = state.get("no_moments")
     names = ["step", "learning_rate", *([] if isinstance(reason, str) else ["beta1", "beta2", "eps"])]
-    wrong = [name for name in names if not isinstance(state.get(name), int | float)]
+    wrong = [name for name in names if not is_number(state.get(name))]
     if wrong:
         raise TrajectoryError(f"{path / STATE}: {', '.join(wrong)} missing or no number")
+    if not 1 <= state["step"] < 1e15 or not state["learning_rate"] > 0:
+        raise TrajectoryError(f"{path / STATE}: step {state['step']} at a rate of {state['learning_rate']} cannot be")
+    if not isinstance(reason, str):
+        check_constants(str(path / STATE), state["beta1"], state["beta2"], state["eps"])
     return Checkpoint(path, **{name: state[name] for name in names}, no_moments=reason)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number, small enough to reckon with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -180,7 +196,7 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except FileNotFoundError:
         raise TrajectoryError(f"{path}: not there; run the warm-up again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise TrajectoryError(f"{path}: cannot be read: {error}; run the warm-up again") from None
 
 

@@ -80,7 +80,13 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
             if isinstance(value, Tensor):
                 yield key.removeprefix("model."), value
     elif path.suffix == ".bin":
-        yield from load_torch(path).items()
+        found = load_torch(path)
+        if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+            raise TrajectoryError(f"{path}: no weights by name, but a {type(found).__name__}")
+        for name, value in found.items():
+            if not isinstance(value, Tensor):
+                raise TrajectoryError(f"{path}: '{name}' is no tensor, but a {type(value).__name__}")
+            yield name, value
     else:
         files = sorted(path.parent.glob("model-*.safetensors")) if path.suffix == ".json" else [path]
         for file in files:
@@ -88,7 +94,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  # it is no dictionary
                         yield name, opened.get_tensor(name)
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
                 raise TrajectoryError(f"{file}: cannot be read: {error}") from None
 
 

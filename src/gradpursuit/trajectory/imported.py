@@ -13,7 +13,14 @@ from torch import nn
 
 from gradpursuit.errors import ConfigError, RunError, TrajectoryError
 from gradpursuit.files import read_json, sha256_of
-from gradpursuit.trajectory.checkpoint import STATE, Checkpoint, read_checkpoint, read_trajectory, write_checkpoint
+from gradpursuit.trajectory.checkpoint import (
+    STATE,
+    Checkpoint,
+    is_number,
+    read_checkpoint,
+    read_trajectory,
+    write_checkpoint,
+)
 from gradpursuit.trajectory.foreign_weights import put_foreign_weights
 from gradpursuit.trajectory.optimizer import AdamState, NoMoments, adam_state, learning_rate
 from gradpursuit.trajectory.optimizer_files import NoMomentsError, SavedOptimizer, read_optimizer
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gradpursuit")
 TRAINER_STATE = "trainer_state.json"
+_LARGEST_RATE = 1e6
 # What is read of a checkpoint folder, and so belongs to its content.
 _READ = (
     ADAPTER_CONFIG, STATE, TRAINER_STATE, "adapter_model.*", "weights.safetensors", "moments.safetensors",
@@ -145,9 +153,10 @@ def _read(source: Path, model: nn.Module, before: _Point | None) -> _Point:
     rate = _logged_rate(state, before.global_step if before else 0, step)
     if rate is None:
         rate = _unlogged_rate(source, saved, before)
-    if not rate > 0:
+    if not 0 < rate < _LARGEST_RATE:
+        weight = "nothing" if rate == 0 else "what no checkpoint can"
         raise TrajectoryError(
-            f"{source}: the learning rate up to there is {rate}, so the checkpoint would weigh nothing; leave it out "
+            f"{source}: the learning rate up to there is {rate}, so the checkpoint would weigh {weight}; leave it out "
             "of warmup.trajectory"
         )
     return _Point(adam, rate, step, end_rate)
@@ -170,8 +179,22 @@ def _trainer_state(source: Path) -> dict[str, Any]:
         state = read_json(source / TRAINER_STATE)
     except RunError as error:
         raise TrajectoryError(str(error)) from None
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
-        raise TrajectoryError(f"{source / TRAINER_STATE}: not the state of a Trainer: no global_step")
+    step = state.get("global_step") if isinstance(state, dict) else None
+    if not is_number(step) or not isinstance(step, int) or not 0 <= step < 1e15:
+        raise TrajectoryError(
+            f"{source / TRAINER_STATE}: not the state of a Trainer: no global_step, or no whole number"
+        )
+    history = state.get("log_history") or []
+    if not isinstance(history, list):
+        raise TrajectoryError(f"{source / TRAINER_STATE}: log_history is no list")
+    for entry in history:
+        if isinstance(entry, dict) and "learning_rate" in entry:
+            for key in ("learning_rate", "step"):
+                value = entry.get(key, 0)
+                if not is_number(value) or value < 0:
+                    raise TrajectoryError(
+                        f"{source / TRAINER_STATE}: log_history: {key} is {str(value)[:60]}, no number"
+                    )
     return state
 
 

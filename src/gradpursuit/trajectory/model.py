@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gradpursuit.config import LoraSection, ModelSection
-from gradpursuit.errors import ConfigError, ModelError
+from gradpursuit.errors import ConfigError, ModelError, is_out_of_memory
 from gradpursuit.hub import hub_can_be_asked
 
 if TYPE_CHECKING:
@@ -156,7 +156,9 @@ def attach_peft(model: PreTrainedModel, lora: LoraConfig, seed: int, origin: str
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, lora)
-    except (ValueError, re.error) as error:
+    except Exception as error:  # peft raises many kinds for one bad setting
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"no adapter can be put on {type(model).__name__} with {origin}: {_one_line(error)}; linear layers found: "
             f"{_linear_names(model)}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradpursuit.errors import TrajectoryError
@@ -91,20 +91,54 @@ def adam_state(saved: SavedOptimizer, model: nn.Module) -> AdamState:
                     f"{saved.origin}: {key} of '{name}' has shape {tuple(value.shape)}, the parameter has "
                     f"{tuple(parameter.shape)}; the state belongs to another model or adapter, or is sharded"
                 )
-    beta1, beta2 = _common(saved, "betas")
+            _refuse_values(saved.origin, key, name, value)
+    betas, eps = _common(saved, "betas"), _common(saved, "eps")
+    if not isinstance(betas, tuple) or len(betas) != 2 or isinstance(eps, tuple):
+        raise TrajectoryError(f"{saved.origin}: betas = {betas!r} and eps = {eps!r} are not two numbers and one")
+    check_constants(saved.origin, *betas, eps)
     return AdamState(
         {name: state[name]["exp_avg"] for name in parameters},
         {name: state[name]["exp_avg_sq"] for name in parameters},
         _steps(saved.origin, [state[name].get("step") for name in parameters]),
-        float(beta1),
-        float(beta2),
-        float(_common(saved, "eps")),
+        *betas,
+        eps,
     )
+
+
+def check_constants(origin: str, beta1: float, beta2: float, eps: float) -> None:
+    """Refuse constants that no Adam can have had.
+
+    Raises:
+        TrajectoryError: a beta is not in [0, 1), or eps is not above zero and finite.
+    """
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise TrajectoryError(f"{origin}: {name} = {beta:g}, but Adam's are at least 0 and below 1; {WAY_ON}")
+    if not 0 < eps < 1:
+        raise TrajectoryError(
+            f"{origin}: eps = {eps:g}, but it must be above 0 and below 1: numbers that were never moved would be "
+            f"divided by it; {WAY_ON}"
+        )
+
+
+def _refuse_values(origin: str, key: str, name: str, value: Tensor) -> None:
+    """Moments are finite numbers with a fraction, and those of squares are not negative."""
+    if not value.dtype.is_floating_point or value.layout != torch.strided or value.is_meta:
+        raise NoMomentsError(f"{origin}: {key} of '{name}' is of type {value.dtype}, quantized or not stored; {WAY_ON}")
+    if not bool(value.isfinite().all()):
+        raise TrajectoryError(f"{origin}: {key} of '{name}' holds numbers that are not finite: training had diverged")
+    if key == "exp_avg_sq" and bool((value < 0).any()):
+        raise TrajectoryError(f"{origin}: {key} of '{name}' holds negative numbers, which no mean of squares can be")
 
 
 def learning_rate(saved: SavedOptimizer, key: str = "lr") -> float | None:
     """The learning rate of all parameter groups, or the one a schedule began with (`initial_lr`); None if unknown."""
-    return None if any(key not in group for group in _used(saved)) else float(_common(saved, key))
+    if any(key not in group for group in _used(saved)):
+        return None
+    value = _common(saved, key)
+    if isinstance(value, tuple):
+        raise TrajectoryError(f"{saved.origin}: {key} = {value!r} is no number")
+    return float(value)
 
 
 def _saved(model: nn.Module, optimizer: Any) -> SavedOptimizer:
@@ -196,7 +230,10 @@ def _used(saved: SavedOptimizer) -> list[dict[str, Any]]:
 def _common(saved: SavedOptimizer, key: str) -> Any:
     """The one value of a setting in all groups."""
     values = [group.get(key) for group in _used(saved)]
-    plain = {tuple(map(float, value)) if isinstance(value, Sequence) else _number(value) for value in values}
+    try:
+        plain = {tuple(map(float, value)) if isinstance(value, list | tuple) else _number(value) for value in values}
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        plain = set()
     if len(plain) != 1 or None in plain:
         raise TrajectoryError(
             f"{saved.origin}: {key} is {', '.join(map(str, values)) or 'not there'} in its parameter groups; it must "
@@ -207,7 +244,12 @@ def _common(saved: SavedOptimizer, key: str) -> Any:
 
 def _steps(origin: str, values: list[Any]) -> int:
     """The one number of steps of all parameters."""
-    found = sorted({_number(value) for value in values if value is not None} or {None}, key=str)
+    try:
+        found = sorted({_number(value) for value in values if value is not None} or {None}, key=str)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TrajectoryError(f"{origin}: the number of steps of a parameter is no number") from None
+    if len(found) == 1 and found[0] and not 1 <= found[0] < 1e15:
+        raise TrajectoryError(f"{origin}: the parameters made {found[0]:g} steps, which cannot be")
     if len(found) != 1 or not found[0]:
         raise TrajectoryError(
             f"{origin}: the parameters made {', '.join(map(str, found))} steps; all must have made the same, so that "

@@ -98,7 +98,7 @@ def load_torch(path: Path) -> Any:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # torch raises many kinds for one broken file
         if "torchao" in str(error):
             raise NoMomentsError(f"{path}: the low-bit state of a torchao optimizer; {WAY_ON}") from None
         raise TrajectoryError(f"{path}: cannot be read: {' '.join(str(error).split())[:300]}") from None
@@ -214,7 +214,7 @@ def _check_index(folder: Path, index: Any) -> None:
 def _parsed(origin: str, value: Any) -> SavedOptimizer:
     """The nested form that torch's optimizers use, or the flat one with dotted keys."""
     if isinstance(value, dict) and isinstance(value.get("state"), dict) and isinstance(value.get("param_groups"), list):
-        return SavedOptimizer(origin, value["state"], value["param_groups"])
+        return _checked(origin, value["state"], value["param_groups"])
     if not (isinstance(value, dict) and any(str(key).startswith("param_groups.") for key in value)):
         keys = ", ".join(map(str, list(value)[:5])) if isinstance(value, dict) else type(value).__name__
         raise TrajectoryError(f"{origin}: not the state of an optimizer: expected state and param_groups, found {keys}")
@@ -227,4 +227,22 @@ def _parsed(origin: str, value: Any) -> SavedOptimizer:
             state.setdefault(owner, {})[field] = item
         else:
             groups.setdefault(owner, {"params": [owner]})[field] = item
-    return SavedOptimizer(origin, state, list(groups.values()))
+    return _checked(origin, state, list(groups.values()))
+
+
+def _checked(origin: str, state: dict[Any, Any], groups: list[Any]) -> SavedOptimizer:
+    """Entries by numbers or names, and groups that list them."""
+    right = all(
+        isinstance(key, int | str) and isinstance(entry, dict) and all(isinstance(name, str) for name in entry)
+        for key, entry in state.items()
+    ) and all(
+        isinstance(group, dict)
+        and all(isinstance(group.get(key, []), list) for key in ("params", "param_names"))
+        and "params" in group
+        and all(isinstance(key, int | str) for key in [*group["params"], *group.get("param_names", [])])
+        and len(group.get("param_names") or group["params"]) == len(group["params"])
+        for group in groups
+    )
+    if not right:
+        raise TrajectoryError(f"{origin}: not the state of an optimizer: its entries or groups are not as torch's are")
+    return SavedOptimizer(origin, state, groups)

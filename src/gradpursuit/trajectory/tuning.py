@@ -29,6 +29,7 @@ _FREE = {
     "megatron_core", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
     "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
+_LARGEST_RANK, _LARGEST_ALPHA = 1 << 16, 1e9
 _INITIAL = (True, False, "gaussian", "orthogonal", "eva")  # those that leave the base model's weights alone
 
 
@@ -129,7 +130,33 @@ def adapter_settings(folder: Path) -> LoraConfig:
     kept = {name: found[name] for name in _FREE & found.keys() & LoraConfig.__dataclass_fields__.keys()}
     for name in ("auto_mapping", "runtime_config", "loftq_config", "eva_config"):
         kept.pop(name, None)
-    return LoraConfig(**{**kept, "lora_dropout": 0.0, "inference_mode": False})
+    _refuse_sizes(path, kept)
+    try:
+        return LoraConfig(**{**kept, "lora_dropout": 0.0, "inference_mode": False})
+    except Exception as error:  # peft raises many kinds for settings that are none
+        raise TrajectoryError(f"{path}: not the settings of an adapter: {' '.join(str(error).split())[:300]}") from None
+
+
+def _refuse_sizes(path: Path, kept: dict[str, Any]) -> None:
+    """Ranks are whole numbers that a layer may have, factors are finite, and names are names."""
+
+    def each(name: str) -> list[tuple[str, Any]]:
+        pattern = kept.get(name) or {}
+        if not isinstance(pattern, dict):
+            raise TrajectoryError(f"{path}: {name} = {str(pattern)[:60]!r} is no table of names and numbers")
+        return [(f"{name}.{key}", value) for key, value in pattern.items()]
+
+    for name, value in [("r", kept.get("r", 8)), *each("rank_pattern")]:
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _LARGEST_RANK:
+            raise TrajectoryError(f"{path}: {name} = {str(value)[:60]} is no rank from 1 to {_LARGEST_RANK}")
+    for name, value in [("lora_alpha", kept.get("lora_alpha", 8)), *each("alpha_pattern")]:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < abs(value) < _LARGEST_ALPHA:
+            raise TrajectoryError(f"{path}: {name} = {str(value)[:60]} is no factor")
+    for name in ("target_modules", "exclude_modules"):
+        value = kept.get(name)
+        names = value if isinstance(value, list) else [value]
+        if value is not None and not all(isinstance(part, str) for part in names):
+            raise TrajectoryError(f"{path}: {name} = {str(value)[:60]} is neither names of modules nor an expression")
 
 
 def _refuse_settings(path: Path, found: dict[str, Any]) -> None:
@@ -139,7 +166,7 @@ def _refuse_settings(path: Path, found: dict[str, Any]) -> None:
     if found.get("peft_type") != "LORA":
         raise TrajectoryError(f"{path}: peft_type is {found.get('peft_type')!r}; only LORA adapters can be followed")
     initial = found.get("init_lora_weights", True)
-    if initial not in _INITIAL:
+    if not isinstance(initial, bool | str) or initial not in _INITIAL:
         raise TrajectoryError(
             f"{path}: init_lora_weights = {initial!r} changes the base model's weights, so the adapter does not belong "
             "to the model in model.path; train with init_lora_weights=True"
