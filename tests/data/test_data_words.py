@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -80,6 +81,12 @@ def test_words(text: str, found: str) -> None:
         ("x -> y", "x => y"),
         ("see /a/b", "see a b"),
         ("10° north", "10 north"),
+        ("Close them: [ [ { ]", "Close them: [ { [ ]"),
+        ("Close them: (()[", "Close them: ([)("),
+        ("Decode: .- -... -.", "Decode: -. .-. --"),
+        ("Decode:\n- . -.", "Decode:\n. . -."),
+        ("¬A ∧ B", "A ∧ B"),
+        ("i++", "i--"),
     ],
 )
 def test_symbols_that_mean_something_are_words(one: str, other: str) -> None:
@@ -199,3 +206,14 @@ def test_any_text_has_words_that_are_stable(text: str) -> None:
     assert all(word and not word.isspace() for word in found)
     assert words(text.swapcase()) is not None
     assert weight(found) <= len(found)
+
+
+@pytest.mark.parametrize("part", ["_a ", "~~a ", "!-", "( ", "a+", "1.", "**a", ". , ", "|a", "a b + c ", "- "])
+def test_time_grows_with_the_text_alone(part: str) -> None:
+    times = []
+    for length in (4_000, 64_000):
+        text = part * (length // len(part))
+        began = time.process_time()
+        words(text)
+        times.append(time.process_time() - began)
+    assert times[1] < 100 * max(times[0], 0.002)  # 16 times the text; with its square it would be 256

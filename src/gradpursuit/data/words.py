@@ -25,7 +25,7 @@ _FLAGS = regex.VERSION1 | regex.MULTILINE
 
 _PROSE = regex.compile(
     rf"""{_NUMBER}|{_SINGLE}\p{{M}}*|{_RUN}
-    |[*/!:|.?\-]*[{_STRONG}][*/!:|?\-{_STRONG}]*   # operators: += != => <= %
+    |[*/!:|.?\-]{{0,4}}[{_STRONG}][*/!:|?\-{_STRONG}]*   # operators: += != => <= %
     |(?<![\w)\]\-])-(?=\d)                         # a sign
     |(?<=[a-z0-9)\]])\*+(?=[a-z0-9(\[])|(?<=\S[ ])\*+(?=[ ]\S)|/+|\|\||(?<=\p{{L}})\#
     |(?<![\w\s!?])!(?=\w)|(?<=\s)!(?=[a-z(])       # not
@@ -37,23 +37,25 @@ _FORMULA = regex.compile(
     r"[ \t]*+){3,}",
     _FLAGS,
 )
+# Brackets to close, Morse code: three symbols or more that stand alone.
+_SEQUENCE = regex.compile(r"(?<!\S)[^\w\s]+(?:[ \t]+[^\w\s]+){2,}(?!\S)|[()\[\]{}](?:[ \t]*[()\[\]{}]){2,}", _FLAGS)
 _OPERATOR = regex.compile(r"[+*/^=<>%&\-\p{Sm}·]", _FLAGS)
 _INSIDE = regex.compile(rf"{_NUMBER}|{_SINGLE}\p{{M}}*|{_RUN}|[^\s\w]", _FLAGS)
 # Line by line: rules and underlines, quotes, headings, bullets and numbers of lists.
 _MARKS = regex.compile(
     r"^[ \t]*(?:[-=*_~\#|: \t]{3,}$|(?:>[ \t]*)+(?=\s|\p{L})|\#{1,6}[ \t]+)?"
-    r"(?:[-*+•‣⁃◦●○■□▪▫▶►➢➤✓✔·∙][ \t]+)?(?:\d{1,3}[.)][ \t]+)?",
+    r"(?:[-*+•‣⁃◦●○■□▪▫▶►➢➤✓✔·∙][ \t]+(?=\S*\w))?(?:\d{1,3}[.)][ \t]+)?",
     _FLAGS,
 )
 _EMPHASIS = regex.compile(
-    r"(?<![a-z0-9)\]*])(\*{1,3}|_{1,3}|~~)(?=[^\s*_~])([^*\n]*?[^\s*_~])\1(?![a-z0-9(*_])", _FLAGS
+    r"(?<![a-z0-9)\]*])(\*{1,3}|_{1,3}|~~)(?=[^\s*_~])([^*\n]{0,80}?[^\s*_~])\1(?![a-z0-9(*_])", _FLAGS
 )
 _TABLE = regex.compile(r"^[ \t]*\|.*$", _FLAGS)
 
 # What makes the words of an ASCII text more than its runs of letters and digits.
 _TRICKY = re.compile(
     r"[+*/^=<>%&$#|~_\x00-\x08\x0e-\x1f\x7f]|\d[.,]\d|(?<![a-z]{2})-|-(?![a-z]{2})|(?<![a-z]{2})!|!(?!\s|$)"
-    r"|^[ \t]*\d{1,3}[.)][ \t]",
+    r"|^[ \t]*\d{1,3}[.)][ \t]|[^\w\s][ \t]+[^\w\s]|[()\[\]{}][ \t]*[()\[\]{}][ \t]*[()\[\]{}]",
     re.MULTILINE,
 )
 _ASCII = re.compile(r"[a-z0-9]+")
@@ -78,18 +80,30 @@ def words(text: str) -> list[str]:
 
 def _words(text: str) -> list[str]:
     text = _plain(text)
-    if not _OPERATOR.search(text):
-        found: list[str] = _PROSE.findall(text)
-    else:
-        found, place = [], 0
-        for formula in _FORMULA.finditer(text):
-            inside = formula.group()
-            if _OPERATOR.search(inside) and any(map(str.isalnum, inside)):
-                found += _PROSE.findall(text, place, formula.start())
-                found += _INSIDE.findall(inside)
-                place = formula.end()
-        found += _PROSE.findall(text, place)
+    found, place = list[str](), 0
+    for start, stop in _formulas(text):
+        found += _PROSE.findall(text, place, start)
+        found += _INSIDE.findall(text, start, stop)
+        place = stop
+    found += _PROSE.findall(text, place)
     return found if any(map(str.isalnum, text)) else [mark for mark in text if not mark.isspace()]
+
+
+def _formulas(text: str) -> list[tuple[int, int]]:
+    """Where every symbol counts, in order, none in another."""
+    found_at = _FORMULA.finditer(text) if _OPERATOR.search(text) else ()
+    formulas = [found.span() for found in found_at if _counts(found.group())]
+    spans, place = list[tuple[int, int]](), 0
+    for start, stop in [*formulas, (len(text), len(text))]:
+        between = (found for found in _SEQUENCE.finditer(text, place, start))
+        spans += [found.span() for found in between if len(set(found.group()) - set(" \t")) > 1]
+        spans.append((start, stop))
+        place = stop
+    return spans
+
+
+def _counts(formula: str) -> bool:
+    return bool(_OPERATOR.search(formula)) and any(map(str.isalnum, formula))
 
 
 def fold(text: str) -> str:

@@ -93,7 +93,7 @@ def _selection(columns: Mapping[str, NDArray[Any]], here: NDArray[np.bool_]) -> 
 def copies_chosen(selection: Selection, pool: Table) -> int:
     """Chosen rows that repeat another chosen row.
 
-    Rows repeat one another if their texts are equal up to white space, or if their column `duplicate_of` names
+    Rows repeat one another if their texts are equal up to case and white space, or if their column `duplicate_of` names
     the same row.
     """
     roots: dict[str, str] = {}

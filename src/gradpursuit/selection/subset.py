@@ -37,7 +37,8 @@ class Subset:
         ranks: int64 [k], from 1, the best.
         layers: int64 [k], from 1.
         sources: of each row, the name of its source (:func:`~gradpursuit.sources.short_names`).
-        duplicate_of: of each row, the id of an earlier row of the pool with the same text, or None.
+        duplicate_of: of each row, the id of an earlier row of the pool with the same text up to case and white
+            space, or None.
         left_out: columns that are not added, as rows of the pool have columns of that name themselves.
     """
 
