@@ -172,6 +172,14 @@ def test_a_layer_that_is_used_by_the_width_of_the_batch_is_refused(tiny: Any) ->
         dry_pass(model, FLOAT32, TOKENS)
 
 
+def test_an_adapter_on_a_router_is_refused_and_what_is_advised_works() -> None:
+    settings = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    with pytest.raises(ModelError, match=r"more than a product \(model\.layers\.\*\.mlp\.router\)") as refused:
+        dry_pass(attach_lora(base("phimoe", **settings), LoraSection(r=2), 0), FLOAT32, TOKENS)
+    modules = advised(str(refused.value))
+    dry_pass(attach_lora(base("phimoe", **settings), LoraSection(r=2, target_modules=modules), 0), FLOAT32, TOKENS)
+
+
 def test_what_the_models_code_raises_is_one_message(tiny: Any) -> None:
     model = tiny.lora("llama")
     with pytest.raises(ModelError, match="cannot make a forward and backward pass"):

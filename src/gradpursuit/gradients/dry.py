@@ -59,6 +59,7 @@ def dry_pass(model: nn.Module, compute: Compute, tokens: Sequence[int]) -> None:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"{_kind(model)} cannot make a forward and backward pass over two rows of {_LENGTHS[0]} tokens: {reason}"
+            f"{_way_on(model)}"
         ) from error
 
 
@@ -158,6 +159,17 @@ def _compare(model: nn.Module, compute: Compute, rows: Sequence[_Short]) -> None
             f"the per-example gradients of {_kind(model)} are not those that each row has alone (of "
             f"{listed_names(names)}); leave these layers out: {setting_without(followed_layers(model).values(), names)}"
         )
+
+
+def _way_on(model: nn.Module) -> str:
+    """Where adapters sit on layers that are more than a product, such as routers: the setting without them."""
+    layers = followed_layers(model)
+    own = [layer for layer in layers.values() if layer.lora is None and ".lora_" in layer.names[0]]
+    if not own:
+        return ""
+    names = [layer.names[0].split(".lora_")[0] for layer in own]
+    setting = setting_without(layers.values(), [layer.names[0] for layer in own])
+    return f"; the adapter is on layers that are more than a product ({listed_names(names)}): leave them out: {setting}"
 
 
 def _kind(model: Any) -> str:

@@ -118,7 +118,7 @@ def setting_without(layers: Iterable[FollowedLayer], names: Collection[str]) -> 
         names: of parameters of those to leave out.
     """
     every = list(layers)
-    if not any(layer.lora for layer in every):
+    if not any(".lora_" in layer.names[0] for layer in every):
         return "narrow model.layers"
 
     def ends(found: Iterable[FollowedLayer]) -> set[str]:
