@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from gradpursuit.errors import TrajectoryError
+from gradpursuit.config import ModelSection
+from gradpursuit.errors import ConfigError, TrajectoryError
 from gradpursuit.trajectory.checkpoint import read_checkpoint
-from gradpursuit.trajectory.imported import import_trajectory
-from gradpursuit.trajectory.model import trainable
+from gradpursuit.trajectory.imported import checkpoint_folders, import_trajectory
+from gradpursuit.trajectory.model import Compute, trainable
 from gradpursuit.trajectory.tuning import ADAPTER_CONFIG, adapter_settings
 
 
@@ -186,3 +187,16 @@ def test_own_states_that_cannot_be(model: Any, theirs: Path, change: dict[str, A
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(TrajectoryError, match=r"state\.json"):
         read_checkpoint(point.folder)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a\0b", "loop", "loop/inside", "file", "x" * 5000])
+def test_places_that_are_no_folders(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrajectoryError, match=r"^warmup\.trajectory: "):
+        checkpoint_folders([name if name.startswith("~") else str(tmp_path / name)])
+
+
+def test_a_device_without_numbers_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.device 'meta': it holds no numbers"):
+        Compute.of(ModelSection(path="m", device="meta"))

@@ -46,13 +46,14 @@ def checkpoint_folders(paths: Sequence[str]) -> list[Path]:
     Raises:
         TrajectoryError: one is not there, or holds no checkpoint.
     """
-    folders = [Path(path).expanduser() for path in paths]
-    for folder in folders:
-        if not folder.is_dir():
-            raise TrajectoryError(f"warmup.trajectory: {folder}: no such folder")
+    folders = [_folder(path) for path in paths]
     if len(folders) == 1:
-        numbered = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folders[0].iterdir()]
-        inside = sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())
+        try:
+            # int() refuses numbers of thousands of digits, which no step has
+            numbered = [(re.fullmatch(r"checkpoint-(\d{1,18})", path.name), path) for path in folders[0].iterdir()]
+            inside = sorted((int(match[1]), path) for match, path in numbered if match and path.is_dir())
+        except OSError as error:
+            raise TrajectoryError(f"warmup.trajectory: {folders[0]}: cannot be read: {error}") from None
         folders = [path for _, path in inside] or folders
     for folder in folders:
         if not any((folder / name).exists() for name in (STATE, TRAINER_STATE, ADAPTER_CONFIG, "optimizer.bin")):
@@ -61,6 +62,19 @@ def checkpoint_folders(paths: Sequence[str]) -> list[Path]:
                 "checkpoint folders, oldest first, or one folder that holds checkpoint-*"
             )
     return folders
+
+
+def _folder(path: str) -> Path:
+    """The folder of that name, if it is one."""
+    try:
+        folder = Path(path).expanduser()
+        folder.resolve()  # a link that leads to itself cannot be
+        found = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TrajectoryError(f"warmup.trajectory: {path!r}: cannot be read: {error}") from None
+    if not found:
+        raise TrajectoryError(f"warmup.trajectory: {folder}: no such folder")
+    return folder
 
 
 def check_trajectory(config: RunConfig) -> None:

@@ -48,6 +48,8 @@ class Compute:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"model.device '{config.device}' cannot be used here: {reason}") from None
+        if device.type == "meta":
+            raise ConfigError(f"model.device '{config.device}': it holds no numbers; give auto, cpu or cuda")
         if device.index:
             raise ConfigError(
                 f"model.device '{config.device}': training uses the first visible GPU; set CUDA_VISIBLE_DEVICES="
