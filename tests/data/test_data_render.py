@@ -305,3 +305,19 @@ def test_tokenizers_that_cannot_be_used(tokenizer: Any) -> None:
 def test_the_first_token_never_counts_as_supervised() -> None:
     assert Rendered([5, 6], [5, 6]).supervised == 1
     assert Rendered([5, 6], [5, IGNORE]).supervised == 0
+
+
+def test_turns_that_a_row_excludes_are_context(tokenizer: Any) -> None:
+    messages = tuple(turns("a", "WRONG", "b", "right"))
+    renderer = Renderer(tokenizer)
+    (found,) = renderer.many([Conversation(messages, untrained=frozenset({1}))])
+    assert isinstance(found, Rendered)
+    assert renderer.decode([t for t, label in zip(found.input_ids, found.labels, strict=True) if label != IGNORE]) == (
+        "right<|im_end|>"
+    )
+    (last,) = Renderer(tokenizer, "last-turn").many([Conversation(messages, untrained=frozenset({3}))])
+    (every,) = renderer.many([Conversation(messages, untrained=frozenset({1, 3}))])
+    (full,) = Renderer(tokenizer, "full").many([Conversation(messages, untrained=frozenset({1}))])
+    assert "the last assistant turn is marked as not to be learned" in str(last)
+    assert "every assistant turn is marked as not to be learned" in str(every)
+    assert "turn 2 is marked as not to be learned, but data.turns: full" in str(full)

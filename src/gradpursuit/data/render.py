@@ -8,7 +8,8 @@ the mode,
 * `full`: every token.
 
 Assistant turns in a list of messages that is a row's *prompt* are context, and an assistant turn without text and
-without a tool call is rendered but not supervised: nothing is learned from an answer that is not there. What system,
+without a tool call is rendered but not supervised: nothing is learned from an answer that is not there. So are turns
+that the row marks as not to be learned (`Conversation.untrained`). What system,
 user and tool messages say is never supervised but in mode `full`. Keys such as `name`, `tool_calls` and `tool_call_id`
 go to the template as they are; a template that has no place for a message, a tool call or a tool refuses the row. Plain
 text is supervised whole, with an end-of-sequence token. A token on the border (the space that ends a prompt, joined to
@@ -146,6 +147,11 @@ class Renderer:
         if conversation.text is not None:
             text = conversation.text + str(self._tokenizer.eos_token or "")
             return _Text(text, [(0, len(text))], True)
+        if full and conversation.untrained:
+            raise DataError(
+                f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full supervises "
+                "every token; use data.turns: assistant or last-turn"
+            )
         turns = [] if full else self._supervised(conversation)
         if self._template:
             text, spans = self._template.render(conversation, turns)
@@ -154,12 +160,20 @@ class Renderer:
         return _Text(text, [(0, len(text))] if full else spans, self._template is None)
 
     def _supervised(self, conversation: Conversation) -> list[int]:
-        """Positions of the messages that are supervised."""
+        """Positions of the messages that are supervised.
+
+        Raises:
+            DataError: the row excludes all of them itself.
+        """
         messages = conversation.messages
         speaking = [i for i in range(conversation.first, len(messages)) if messages[i]["role"] == "assistant"]
         if self._turns == "last-turn":
             speaking = speaking[-1:]
-        return [i for i in speaking if messages[i]["content"].strip() or _says_more(messages[i])]
+        learned = [i for i in speaking if i not in conversation.untrained]
+        if speaking and not learned:
+            which = "the last assistant turn" if self._turns == "last-turn" else "every assistant turn"
+            raise DataError(f"{which} is marked as not to be learned (as by weight: 0 or train: false)")
+        return [i for i in learned if messages[i]["content"].strip() or _says_more(messages[i])]
 
     @staticmethod
     def _labels(ids: list[int], offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[int]:

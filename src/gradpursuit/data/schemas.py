@@ -53,12 +53,16 @@ class Conversation:
         first: messages before this one are context: never supervised but in mode `full`.
         tools: JSON schemas of the tools that the assistant may call.
         text: of a row that is plain text.
+        untrained: positions of assistant messages that the row itself excludes from supervision (`weight: 0`).
+        notes: what the row holds that is not read, one sentence each; no part of the identity.
     """
 
     messages: tuple[Message, ...] = ()
     first: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
+    untrained: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def folded(self) -> list[Any]:
         """What identifies it whatever the template: roles and texts, runs of white space folded, and all else."""
@@ -68,7 +72,8 @@ class Conversation:
         for message in self.messages:
             more = {name: value for name, value in message.items() if name not in ("role", "content")}
             parts.append([message["role"], " ".join(message["content"].split())] + ([more] if more else []))
-        return [*parts, *self.tools]
+        unlearned: list[Any] = [["untrained", *sorted(self.untrained)]] if self.untrained else []
+        return [*parts, *self.tools, *unlearned]
 
 
 def recognise(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: str) -> tuple[str, Conversation]:
