@@ -149,8 +149,8 @@ class Renderer:
             return _Text(text, [(0, len(text))], True)
         if full and conversation.untrained:
             raise DataError(
-                f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full supervises "
-                "every token; use data.turns: assistant or last-turn"
+                f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full "
+                "supervises every token; use data.turns: assistant or last-turn"
             )
         turns = [] if full else self._supervised(conversation)
         if self._template:
