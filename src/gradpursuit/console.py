@@ -11,10 +11,11 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
+from gradpursuit import durable
 from gradpursuit.progress import Progress, listening
 
 if TYPE_CHECKING:
@@ -175,13 +176,24 @@ def at_work(run: Run) -> Iterator[None]:
                 lock.discard_folder()
 
 
+class _LogFile(logging.StreamHandler[TextIO]):
+    """A file that was opened already, without following links."""
+
+    def close(self) -> None:
+        """Close the file as well."""
+        with suppress(OSError):  # a full disk
+            self.stream.close()
+        super().close()
+
+
 def _log_file(folder: Path) -> logging.Handler:
     from gradpursuit.files import disk_error
 
     try:
-        handler = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file = durable.open_own(folder / "log.txt", os.O_WRONLY | os.O_APPEND)
+        handler = _LogFile(os.fdopen(file, "a", encoding="utf-8"))
     except OSError as error:
-        raise disk_error(error, folder) from error
+        raise disk_error(error, folder / "log.txt") from error
     logging.raiseExceptions = False  # a full disk is told once, by whatever stage meets it
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("gradpursuit").addHandler(handler)

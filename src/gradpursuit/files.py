@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or not there: written to `*.part`, renamed; or put into an object store."""
+"""Files and folders that are either whole or not there: written beside, renamed; or put into an object store."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
+from gradpursuit import aside, durable
 from gradpursuit.errors import GradPursuitError, RunError
-from gradpursuit.remote import RemoteBytes, is_remote, reaching, remove_remote, write_remote
+from gradpursuit.remote import RemoteBytes, is_remote, reaching, write_remote
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def write_atomic(path: Path) -> Iterator[IO[bytes]]:
     """Open `path` for writing bytes; it appears under its name only when the block ends without an error.
 
+    Then it is on the disk, and so is its name. Whatever had the name before, a link too, is replaced and not followed.
     Errors of whatever feeds the block pass through unchanged.
 
     Raises:
@@ -33,18 +35,17 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
         with write_remote(path) as file:
             yield file
         return
-    part = path.with_name(path.name + ".part")
+    part = durable.part_of(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        durable.make_folder(path.parent)
+        with os.fdopen(durable.open_new(part), "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        part.replace(path)
+        durable.put(part, path)
     except BaseException as error:
-        with suppress(OSError):
-            part.unlink()
-        if type(error).__module__ == "builtins" and isinstance(error, OSError):  # not a network library's own
+        durable.discard(part)
+        if is_own(error):
             raise disk_error(error, path) from error
         raise
 
@@ -53,54 +54,29 @@ def write_atomic(path: Path) -> Iterator[IO[bytes]]:
 def write_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to fill; it appears as `folder`, replacing one of that name, only when the block succeeds.
 
+    Then all of it is on the disk, what libraries wrote in it too. The one that is replaced is deleted last: killed in
+    between, it is found again by :func:`~gradpursuit.aside.settled`.
+
     Raises:
         RunError: the disk is full, or the folder cannot be written.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = durable.part_of(folder)
     try:
-        part.mkdir(parents=True)
+        aside.settled(folder)
+        durable.make_folder(part)
         yield part
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
+        durable.sync_tree(part)
+        aside.replace(part, folder)
     except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if type(error).__module__ == "builtins" and isinstance(error, OSError):
+        durable.discard(part)
+        if is_own(error):
             raise disk_error(error, folder) from error
         raise
 
 
-@contextmanager
-def kept_if_refused(files: Sequence[Path], folders: Sequence[Path]) -> Iterator[None]:
-    """The `folders` are set aside; if the block refuses its settings, they and `files` become again what they were.
-
-    A refusal is a :class:`GradPursuitError`, but no :class:`RunError` (as for a full disk), after which the same
-    settings are to go on. What a killed block had set aside goes when it is entered again.
-    """
-    before = {path: path.read_bytes() if path.is_file() else None for path in files}
-    aside = {path: path.with_name(f".{path.name}.before") for path in folders}
-    for path, place in aside.items():
-        shutil.rmtree(place, ignore_errors=True)
-        if path.exists():
-            path.rename(place)
-    try:
-        yield
-    except GradPursuitError as error:
-        if not isinstance(error, RunError):
-            for path, content in before.items():
-                if content is None:
-                    path.unlink(missing_ok=True)
-                else:
-                    with write_atomic(path) as file:
-                        file.write(content)
-            for path, place in aside.items():
-                if place.exists():
-                    shutil.rmtree(path, ignore_errors=True)
-                    place.rename(path)
-        raise
-    finally:
-        for place in aside.values():
-            shutil.rmtree(place, ignore_errors=True)
+def is_own(error: BaseException) -> TypeGuard[OSError]:
+    """Whether an error is one of the file system, and no network library's own."""
+    return type(error).__module__ == "builtins" and isinstance(error, OSError)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,8 +100,13 @@ def read_json(path: Path) -> Any:
         return json.loads(bytes(stored_bytes(path)[:]) if is_remote(path) else path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path}: not there") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: cannot be read: {error}; delete it and run the stage again") from None
+    except OSError as error:
+        raise unreadable(error, path) from None
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path}: damaged, it is not the JSON that was written ({error}); put it back from a copy, or move it away "
+            "and run the stage again"
+        ) from None
 
 
 def stored_bytes(path: Path) -> NDArray[np.uint8] | RemoteBytes:
@@ -152,14 +133,6 @@ def exists(path: Path) -> bool:
         return path.exists()
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder and all that is in it."""
-    if is_remote(folder):
-        remove_remote(folder)
-    else:
-        shutil.rmtree(folder)
-
-
 def sha256_of(path: Path) -> str:
     """sha256 (hex) of a file's bytes.
 
@@ -172,7 +145,7 @@ def sha256_of(path: Path) -> str:
             while block := file.read(1 << 22):
                 digest.update(block)
     except OSError as error:
-        raise RunError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise unreadable(error, path) from None
     return digest.hexdigest()
 
 
@@ -202,6 +175,28 @@ def require_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
+def unreadable(error: OSError, path: Path) -> GradPursuitError:
+    """The message for a failed read of `path`: what was written may be whole, so nothing is said against it."""
+    return RunError(f"{path}: cannot be read: {error.strerror or error}; {_way_on(error)}")
+
+
+def _way_on(error: OSError) -> str:
+    ways = {
+        errno.EACCES: "see that this user may read and write there",
+        errno.EPERM: "see that this user may read and write there",
+        errno.EROFS: "the file system is read-only: mount it for writing, or use another folder",
+        errno.ENOENT: "see that the folder is there, and that its disk is mounted",
+        errno.EISDIR: "a folder has the name of this file: move it away",
+        errno.ENOTDIR: "a file has the name of a folder on the way there: move it away",
+        errno.ELOOP: "a symbolic link stands in its place and is not followed: move the link away",
+        errno.EMLINK: "the file has a second name elsewhere and is not written: move it away",
+        errno.EIO: "the disk has failed to read or write: look at the log of the system",
+    }
+    return ways.get(
+        error.errno or 0, "look at the file and its disk, then run the command again: finished work is kept"
+    )
+
+
 def disk_error(error: OSError, path: Path) -> GradPursuitError:
     """The message for a failed write to `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -211,4 +206,4 @@ def disk_error(error: OSError, path: Path) -> GradPursuitError:
             f"{path}: larger than a file may be here (`ulimit -f`, or the file system); raise the limit and run again: "
             "finished work is kept"
         )
-    return RunError(f"{path}: cannot be written: {error.strerror or error}")
+    return RunError(f"{path}: cannot be written: {error.strerror or error}; {_way_on(error)}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gradpursuit import durable
 from gradpursuit.lock import Owner
 from gradpursuit.progress import Progress, listening
 
@@ -19,7 +20,8 @@ NAME = "progress.json"
 @contextmanager
 def telling(folder: Path, stage: str) -> Iterator[None]:
     """Leave the numbers of every :class:`Progress` in this block in `folder`, as those of `stage`."""
-    path, part = folder / NAME, folder / f"{NAME}.part"
+    path = folder / NAME
+    part = durable.part_of(path)
 
     def write(progress: Progress) -> None:
         value = {
@@ -33,7 +35,9 @@ def telling(folder: Path, stage: str) -> Iterator[None]:
             "updated": time.time(),
         }
         with suppress(OSError):  # a full disk is told by the stage that meets it; looking on must not end the work
-            part.write_text(json.dumps(value), encoding="utf-8")  # not synced: it is worth nothing after a crash
+            part.unlink(missing_ok=True)
+            with os.fdopen(durable.open_new(part), "w", encoding="utf-8") as file:
+                file.write(json.dumps(value))  # not synced: it is worth nothing after a crash
             part.replace(path)
 
     try:

@@ -28,8 +28,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from gradpursuit import durable, marker
 from gradpursuit.errors import RunError
-from gradpursuit.files import disk_error
+from gradpursuit.files import disk_error, is_own
 
 if sys.platform != "win32":
     import fcntl
@@ -65,8 +66,11 @@ class RunLock:
 
     Entering makes the folder if there is none (`created` tells). An owner that was killed is told of in a warning.
 
+    What an interrupted process had set aside is put back, and what it left half-written is deleted.
+
     Raises:
-        RunError: another process holds the lock (it is named), or the folder cannot be written.
+        RunError: another process holds the lock (it is named), the folder cannot be written, or it is not empty and no
+            run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -80,7 +84,15 @@ class RunLock:
             try:
                 self._file = self._acquire()
             except OSError as error:
-                raise disk_error(error, self.folder) from error
+                raise disk_error(error, self.folder / NAME if error.filename else self.folder) from error
+            try:
+                marker.run_id(self.folder)
+                marker.clean(self.folder)
+            except BaseException as error:
+                self._release()
+                if is_own(error):
+                    raise disk_error(error, self.folder) from error
+                raise
         self._depth += 1
         return self
 
@@ -88,7 +100,11 @@ class RunLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._depth -= 1
-        if self._depth == 0 and self._file is not None:
+        if self._depth == 0:
+            self._release()
+
+    def _release(self) -> None:
+        if self._file is not None:
             with suppress(OSError):
                 os.ftruncate(self._file, 0)  # nobody's; the file stays, for whoever waits for it has it open
             os.close(self._file)
@@ -123,13 +139,11 @@ class RunLock:
             time.sleep(0.02)
 
     def _open(self) -> int:
-        lacking = [parent for parent in self.folder.parents if not parent.exists()]
-        try:
-            self.folder.mkdir(parents=True)
-            self.created, self._parents = True, lacking
-        except FileExistsError:
-            pass
-        return os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        marker.require_ours(self.folder)
+        made = durable.make_folder(self.folder)
+        if made and made[-1] == self.folder:
+            self.created, self._parents = True, made[-2::-1]
+        return durable.open_own(self.folder / NAME, os.O_RDWR)
 
     def _is_in_place(self, file: int) -> bool:
         """Whether the file is still the one in the folder, and not that of a folder just deleted."""
@@ -168,8 +182,8 @@ def in_turn(folder: Path) -> Iterator[None]:
         RunError: the folder cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        durable.make_folder(folder)
+        file = durable.open_own(folder / NAME, os.O_RDWR)
     except OSError as error:
         raise disk_error(error, folder) from error
     try:
@@ -185,7 +199,7 @@ def in_turn(folder: Path) -> Iterator[None]:
 def holder(folder: Path) -> Owner | None:
     """Who is at work in `folder` now; None: nobody. Changes nothing."""
     try:
-        file = os.open(folder / NAME, os.O_RDONLY)
+        file = os.open(folder / NAME, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return None
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -11,10 +12,12 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from gradpursuit.aside import replacing
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig, rows_of
-from gradpursuit.errors import ConfigError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import kept_if_refused, read_json, write_text
+from gradpursuit.durable import discard, sync_tree
+from gradpursuit.errors import ConfigError, GradPursuitError, ModelError, RunError, SelectionError, is_out_of_memory
+from gradpursuit.files import read_json, write_text
 from gradpursuit.gradient_stage import collected_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.inputs import Inputs
@@ -84,6 +87,8 @@ class Run:
         begin = names.index(first) if first else 0
         with self.lock:
             check(self)
+            for stage in STAGES[begin : names.index(upto) + 1]:
+                self._refuse_foreign(stage)
             fingerprint = ""
             for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
                 fingerprint = self.fingerprint_of(stage, fingerprint)
@@ -168,17 +173,50 @@ class Run:
             logger.warning("%s: %s changed, %s", stage.name, reason, mend)
         anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
         config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
-        new = config.is_file() and not self.manifest.has_finished(stage.name)  # what it does now shows how far it got
-        # What goes on with its outputs changes them before it can refuse: its journal, its plan.
-        changed = [manifest, *(self._outputs(stage) if stage.keep == "always" else [])]
         emptied = self._paths(stage.owns) if anew else []
-        with kept_if_refused([config, *([] if new else changed)], emptied):
-            write_text(config, self.config.dump())
-            plan = stage.plan(self) if stage.plan else None
-            self.manifest.begin(stage.name, fingerprint, self.config.seed, plan, emptied)
-            start = time.monotonic()
-            detail = self._work(stage)
-            self.manifest.complete(stage.name, time.monotonic() - start, detail, self._outputs(stage))
+        if not (config.is_file() and self.manifest.has_finished(stage.name)):
+            # Nothing finished is replaced: what is done now shows how far it got. A refusal leaves the old settings.
+            before = config.read_text(encoding="utf-8") if config.is_file() else None
+            for place in emptied:
+                discard(place)
+            try:
+                self._fill(stage, fingerprint, emptied)
+            except GradPursuitError as error:
+                if not isinstance(error, RunError) and before is not None:
+                    write_text(config, before)
+                raise
+            return
+        known = [name for entry in self.manifest.read()["stages"].values() for name in entry.get("outputs", {})]
+        with replacing(self.folder, stage.name, [config, manifest], keep_unfinished=stage.keep == "always") as old:
+            for place in emptied or ([] if stage.intact else self._paths(stage.owns)):
+                old.set_aside(place, copy=not anew)
+            for place in self._paths(stage.writes):
+                old.set_aside(place, copy=True)
+            self._fill(stage, fingerprint, emptied)
+            old.commit(known)
+
+    def _fill(self, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> None:
+        write_text(self.folder / "config.yaml", self.config.dump())
+        plan = stage.plan(self) if stage.plan else None
+        self.manifest.begin(stage.name, fingerprint, self.config.seed, plan, emptied)
+        start = time.monotonic()
+        detail = self._work(stage)
+        outputs = self._outputs(stage)
+        for folder in self._paths(stage.owns):
+            if folder.is_dir():
+                sync_tree(folder)
+        self.manifest.complete(stage.name, time.monotonic() - start, detail, outputs)
+
+    def _refuse_foreign(self, stage: Stage) -> None:
+        """What this run never wrote and a stage would empty or overwrite is the user's."""
+        if stage.keep == "always" or self.manifest.entry(stage.name):
+            return
+        for path in [*self._paths(stage.owns), *self._paths(stage.writes)]:
+            if os.path.lexists(path):
+                raise RunError(
+                    f"{path}: is there already, and this run did not write it; nothing was changed. Move it elsewhere, "
+                    "or choose another run folder"
+                )
 
     def _outputs(self, stage: Stage) -> list[Path]:
         """The files of a finished stage; none if it checks them itself."""

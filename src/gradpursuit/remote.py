@@ -196,17 +196,6 @@ def write_remote(path: Path) -> Iterator[IO[bytes]]:
         where.fs.pipe_file(where.path, file.getvalue())
 
 
-def remove_remote(folder: Path) -> None:
-    """Delete everything below a remote folder.
-
-    Raises:
-        RunError: it cannot be reached.
-    """
-    where: Any = folder
-    with reaching(folder):
-        where.fs.rm(where.path, recursive=True)
-
-
 @contextmanager
 def reaching(path: Path) -> Iterator[None]:
     """Whatever a library for remote files raises, but that there is no such file, becomes a :class:`RunError`.

@@ -11,19 +11,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shlex
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from gradpursuit.aside import replacing
 from gradpursuit.config import OWN, SourceSection, target_name
+from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
-from gradpursuit.gradient_stage import planned_for_target
+from gradpursuit.gradient_stage import gradient_folder, planned_for_target
 from gradpursuit.manifest import Manifest, State, digest_of
+from gradpursuit.remote import is_remote
 from gradpursuit.sources import content_hashes, gone_note
 
 if TYPE_CHECKING:
@@ -206,26 +207,27 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
                 f"({', '.join(path for hashes in target.inputs.values() for path in hashes)}); "
                 "choose another name, or give --replace"
             )
-        with _kept_until_replaced(target) if replace else nullcontext():
+        if not replace or not target.folder.exists():
+            _refuse_foreign(target)
             _make(run, target, files)
+            return target
+        with replacing(run.folder, f"target {name}", []) as old:
+            old.set_aside(target.folder, copy=True)
+            if run.config.gradients.store and not is_remote(store := gradient_folder(run, name)):
+                old.set_aside(store, copy=True)
+            _make(run, target, files)
+            sync_tree(target.folder)
+            old.commit(())
     return target
 
 
-@contextmanager
-def _kept_until_replaced(target: Target) -> Iterator[None]:
-    """What is there under the target's name comes back if the block fails."""
-    aside = target.folder.parent.with_name(f".replaced-{target.name}")
-    if target.folder.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(target.folder, aside)
-    try:
-        yield
-    except BaseException:
-        if aside.exists():
-            shutil.rmtree(target.folder, ignore_errors=True)
-            aside.rename(target.folder)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def _refuse_foreign(target: Target) -> None:
+    """A folder that has the name of a target, but that no target was written into, is the user's."""
+    if target.folder.is_dir() and any(target.folder.iterdir()) and not target.manifest.read()["stages"]:
+        raise RunError(
+            f"{target.folder}: is there already, and this run did not write it; nothing was changed. Move it "
+            "elsewhere, or choose another name"
+        )
 
 
 def _make(run: Run, target: Target, files: TargetFiles) -> None:
@@ -257,7 +259,7 @@ def _clean(run: Run, target: Target, files: TargetFiles, fingerprint: str) -> di
             target.manifest.begin("data", fingerprint, config.seed)
     except BaseException:
         if new:
-            shutil.rmtree(target.folder, ignore_errors=True)
+            discard(target.folder)
         raise
     trained = _trained_on(run, target)
     if trained:

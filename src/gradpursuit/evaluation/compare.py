@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from gradpursuit.aside import unfinished
 from gradpursuit.config import EvaluationSection
 from gradpursuit.data import Row, Table
 from gradpursuit.evaluation.journal import Journal, Result
 from gradpursuit.evaluation.scoring import Scorer
-from gradpursuit.files import kept_if_refused, write_json
+from gradpursuit.files import write_json
 from gradpursuit.manifest import digest_of
 from gradpursuit.progress import clock
 from gradpursuit.selection import Selection, derive_seed
@@ -153,6 +154,7 @@ class Comparison:
     def run(self, arms: Sequence[Arm], folder: Path) -> list[Cell]:
         """All cells; those in `folder/results.jsonl` are taken from there, and every new one is added to it."""
         journal, plan = Journal(folder / "results.jsonl"), self.plan(arms)
+        journal.take_over(unfinished(folder) / "results.jsonl")
         keys = dict.fromkeys((w.training, self._scored[w.scored_on]) for w in plan)
         groups: dict[str, list[Wanted]] = {}
         for wanted in plan:
@@ -161,14 +163,13 @@ class Comparison:
         if len(open_ones) < len(groups):
             logger.info("%d of %d trainings are there already", len(groups) - len(open_ones), len(groups))
         start = time.monotonic()
-        with kept_if_refused([folder / "plan.json"], []):
-            write_json(folder / "plan.json", [list(key) for key in keys])
-            for done, group in enumerate(open_ones, 1):
-                for result in self._compute(group[0], self._missing(group, journal)):
-                    journal.add(result)
-                    logger.info("%s: held-out loss %.4f, exact match %.3f", _told(result.label), *_means(result))
-                left = (time.monotonic() - start) / done * (len(open_ones) - done)
-                logger.info("training %d of %d done, %s left", done, len(open_ones), clock(left))
+        write_json(folder / "plan.json", [list(key) for key in keys])
+        for done, group in enumerate(open_ones, 1):
+            for result in self._compute(group[0], self._missing(group, journal)):
+                journal.add(result)
+                logger.info("%s: held-out loss %.4f, exact match %.3f", _told(result.label), *_means(result))
+            left = (time.monotonic() - start) / done * (len(open_ones) - done)
+            logger.info("training %d of %d done, %s left", done, len(open_ones), clock(left))
         return [
             Cell(w.arm, w.protocol, w.seed, w.scored_on, found)
             for w in plan

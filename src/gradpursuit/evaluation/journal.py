@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from gradpursuit import durable
 from gradpursuit.files import disk_error
 
 logger = logging.getLogger("gradpursuit")
@@ -81,14 +82,23 @@ class Journal:
         text = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False)
         line = json.dumps({"sha256": _digest(text), "result": asdict(result)}, ensure_ascii=False, allow_nan=False)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a+b", buffering=0) as file:
+            durable.make_folder(self._path.parent)
+            new = not self._path.exists()
+            with os.fdopen(durable.open_own(self._path, os.O_RDWR | os.O_APPEND), "r+b", buffering=0) as file:
                 torn = file.seek(0, os.SEEK_END) > 0 and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n"
                 file.write(b"\n" * torn + line.encode() + b"\n")
                 os.fsync(file.fileno())
+            if new:
+                durable.sync_folder(self._path.parent)
         except OSError as error:
             raise disk_error(error, self._path) from error
         self._found[result.training, result.scored] = result
+
+    def take_over(self, path: Path) -> None:
+        """Add what another journal knows, as one of an attempt that was interrupted."""
+        for result in map(_parsed, read_lines(path)):
+            if result is not None and (result.training, result.scored) not in self._found:
+                self.add(result)
 
 
 def read_lines(path: Path) -> Iterator[str]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from gradpursuit import aside, durable
 from gradpursuit.errors import RunError, StoreError
-from gradpursuit.files import exists, read_json, remove_folder, require_space, write_json
+from gradpursuit.files import exists, read_json, require_space, write_json
 from gradpursuit.remote import is_remote
 from gradpursuit.store.encoding import Block
 from gradpursuit.store.folder import ShardFolder, ShardState
@@ -76,8 +77,14 @@ class GradientStore:
                 if present.fingerprint == store.shards.fingerprint:
                     return store
                 changed = "; ".join(differences(present.parts(), _plain(spec.parts())))
+                if is_remote(folder):
+                    raise StoreError(
+                        f"{folder}: holds gradients made with other settings: {changed}; nothing is deleted there. "
+                        "Name another gradients.store, or go back to those settings"
+                    )
                 logger.warning("%s: holds gradients made with other settings: %s; they are replaced", folder, changed)
-                remove_folder(folder)
+                if _replace(folder, store):
+                    return store
         if not is_remote(folder) and not any(folder.glob("checkpoint-*/*.safetensors")):
             require_space(folder, spec.nbytes, "the gradient store")
         write_json(manifest, {**spec.to_json(), "fingerprint": store.shards.fingerprint})
@@ -242,6 +249,21 @@ class GradientStore:
                         "checkpoints hold"
                     ),
                 )
+
+
+def _replace(folder: Path, store: GradientStore) -> bool:
+    """Set a finished store aside, and delete one that is not whole; whether one begun with these settings is there."""
+    begun = aside.unfinished(folder)
+    if not aside.set_aside(folder):
+        durable.discard(aside.before(folder))
+        durable.put(folder, aside.before(folder))
+    try:
+        same = _read_spec(begun / "manifest.json").fingerprint == store.shards.fingerprint
+    except (StoreError, RunError):
+        same = False
+    if same:
+        durable.put(begun, folder)
+    return same
 
 
 def _read_spec(manifest: Path) -> StoreSpec:
