@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -67,11 +69,72 @@ def test_target_that_is_a_folder(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_stale_part_is_overwritten(tmp_path: Path) -> None:
-    (tmp_path / "a.txt.part").write_text("something much longer than the new text")
+def test_another_files_name_is_not_taken_for_a_temporary_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.part").write_text("the user's")
     write_text(tmp_path / "a.txt", "ü👋")
     assert (tmp_path / "a.txt").read_bytes() == "ü👋".encode()
-    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "a.txt.part"]
+    assert (tmp_path / "a.txt.part").read_text() == "the user's"
+
+
+def test_a_link_in_place_of_a_file_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("the user's")
+    (tmp_path / "manifest.json").symlink_to("other")
+    write_json(tmp_path / "manifest.json", {})
+    assert not (tmp_path / "manifest.json").is_symlink()
+    assert (tmp_path / "other").read_text() == "the user's"
+
+
+@pytest.fixture
+def order(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is put on the disk and renamed, in order, with the names as they are then."""
+    found: list[tuple[str, str]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(file: int) -> None:
+        found.append(("fsync", re.sub(r"\.[0-9a-f]{16}\.part", ".part", Path(f"/proc/self/fd/{file}").readlink().name)))
+        fsync(file)
+
+    def replaced(path: Path, target: Path) -> Path:
+        found.append(("rename", Path(target).name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    return found
+
+
+def test_contents_are_on_the_disk_before_names_and_folders_after(tmp_path: Path, order: list[tuple[str, str]]) -> None:
+    write_text(tmp_path / "new" / "deep" / "a.txt", "x")
+    top = tmp_path.name
+    assert order == [
+        ("fsync", top),
+        ("fsync", "new"),
+        ("fsync", "a.txt.part"),
+        ("rename", "a.txt"),
+        ("fsync", "deep"),
+    ]
+
+
+def test_what_libraries_write_in_a_folder_is_on_the_disk_before_its_name(
+    tmp_path: Path, order: list[tuple[str, str]]
+) -> None:
+    from datasets import Dataset
+
+    from gradpursuit.files import write_folder
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("")
+    with write_folder(tmp_path / "out") as part:
+        Dataset.from_dict({"a": [1]}).save_to_disk(part / "dataset")
+    names = [name for _, name in order]
+    renamed = order.index(("rename", "out"))
+    for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json", "dataset", "out.part"):
+        assert names.index(name) < renamed, order
+    assert names.index("state.json") < names.index("dataset") < names.index("out.part")
+    assert order[renamed + 1] == ("fsync", tmp_path.name)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["dataset"]
 
 
 def test_json_round_trip_and_refusal_of_nan(tmp_path: Path) -> None:
@@ -86,7 +149,9 @@ def test_json_round_trip_and_refusal_of_nan(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe"])
 def test_unreadable_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(RunError, match=r"a\.json: cannot be read: .*delete it and run the stage again"):
+    with pytest.raises(
+        RunError, match=r"a\.json: damaged, it is not the JSON that was written .*move it away and run the stage again"
+    ):
         read_json(tmp_path / "a.json")
     with pytest.raises(RunError, match="not there"):
         read_json(tmp_path / "b.json")
@@ -124,6 +189,27 @@ def test_disk_error_tells_a_full_disk_from_others(tmp_path: Path, number: int) -
     assert "no space left" in message
     assert "finished work is kept" in message
     assert "Permission denied" in str(disk_error(PermissionError(errno.EACCES, "Permission denied"), tmp_path / "a"))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EIO, errno.ENOSPC])
+def test_what_the_system_refuses_is_no_reason_to_delete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    from gradpursuit.files import unreadable
+
+    def refused(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    if number != errno.ENOENT:  # a file that is not there has a message of its own
+        with pytest.raises(RunError) as caught:
+            read_json(tmp_path / "manifest.json")
+        assert f"manifest.json: cannot be read: {os.strerror(number)}; " in str(caught.value)
+        assert "delet" not in str(caught.value)
+    for error in (disk_error(OSError(number, "x"), tmp_path), unreadable(OSError(number, "x"), tmp_path)):
+        assert "; " in str(error)
+        assert "delet" not in str(error)
+        assert "away and run" not in str(error)
 
 
 def test_full_disk(small_disk: Path) -> None:

@@ -13,6 +13,7 @@ from gradpursuit import lock as module
 from gradpursuit.cli import main
 from gradpursuit.errors import RunError
 from gradpursuit.lock import Owner, RunLock, holder, in_turn
+from gradpursuit.marker import run_id
 from jobs import Job
 
 
@@ -57,6 +58,7 @@ def test_released_on_every_way_out(tmp_path: Path) -> None:
 def test_a_stale_lock_is_taken_over_and_told(
     tmp_path: Path, left: Owner | None, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
+    run_id(tmp_path)
     (tmp_path / ".lock").write_text(json.dumps(vars(left)) if left else '{"pid": 12')
     assert holder(tmp_path) is None
     with caplog.at_level("WARNING", "gradpursuit"), RunLock(tmp_path):
@@ -121,7 +123,7 @@ def test_every_writing_verb_is_refused_and_touches_nothing(
             message = capsys.readouterr().err
             assert f"error: {folder}: another process is at work in this run folder: pid {os.getpid()} on" in message
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-        assert list(before) == [folder / ".lock"]
+        assert sorted(before) == [folder / ".lock", folder / "run.json"]
         assert main(["status", str(folder)]) == 2
         assert "is at work here, but has not begun a stage" in capsys.readouterr().err
     assert main(["warmup", str(job.path)]) == 0
@@ -136,6 +138,25 @@ def test_every_writing_verb_is_refused_and_touches_nothing(
         assert f"at work: pid {os.getpid()}" in capsys.readouterr().out
         assert main(["target", "list", str(folder)]) == 0
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_lock_or_log_that_is_a_link_is_not_written(tmp_path: Path, link: object) -> None:
+    from gradpursuit.durable import open_own
+
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_text("the user's")
+    with RunLock(folder):
+        pass
+    (folder / ".lock").unlink()
+    link(other, folder / ".lock")  # type: ignore[operator]
+    with pytest.raises(RunError, match=r"\.lock: cannot be written: .*; .* move (the link|it) away"):
+        RunLock(folder).__enter__()
+    with pytest.raises(RunError, match=r"cannot be written: .*; .* move (the link|it) away"), in_turn(folder):
+        pass
+    with pytest.raises(OSError, match="link"):
+        open_own(folder / ".lock", os.O_WRONLY)
+    assert other.read_text() == "the user's"
 
 
 def test_processes_that_share_a_folder_take_turns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

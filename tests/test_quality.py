@@ -28,9 +28,9 @@ ORDER = {
     name: level
     for level, names in enumerate(
         (
-            ("errors", "progress", "__init__"),
+            ("errors", "progress", "durable", "__init__"),
             ("tree", "remote"),
-            ("config", "files"),
+            ("config", "files", "aside", "marker"),
             ("identity", "lock", "plugins", "hub", "sources"),
             ("live", "counting"),
             ("manifest",),

@@ -86,6 +86,7 @@ class Replacement:
         durable.discard(old)  # of no replacement that is known: those were put back when the lock was taken
         there = os.path.lexists(place)
         self._value["places"].append({"path": self._name(place), "there": there, "copied": copy})
+        self._write()  # before anything is moved: what it names and is not set aside yet is still in its place
         if there and copy:
             part = durable.part_of(old)
             if place.is_dir():
@@ -95,8 +96,7 @@ class Replacement:
                 shutil.copy2(place, part, follow_symlinks=False)
                 durable.sync_file(part)
             durable.put(part, old)
-        self._write()
-        if there and not copy:
+        elif there:
             durable.put(place, old)
 
     def commit(self, known: Collection[str]) -> None:

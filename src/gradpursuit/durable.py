@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -52,7 +53,7 @@ def open_own(path: Path, flags: int) -> int:
     # A pipe without a reader would block the opening.
     file = os.open(path, flags | os.O_CREAT | _NOFOLLOW | _BINARY | getattr(os, "O_NONBLOCK", 0), 0o666)
     found = os.fstat(file)
-    wrong = 0 if os.path.isfile(file) else errno.EINVAL
+    wrong = 0 if stat.S_ISREG(found.st_mode) else errno.EINVAL
     if found.st_nlink > 1:
         wrong = errno.EMLINK
     if wrong:
@@ -120,7 +121,7 @@ def make_folder(folder: Path) -> list[Path]:
 
 def put(part: Path, path: Path) -> None:
     """Give a file or folder whose content is on the disk its name, and see that the name is on the disk as well."""
-    os.replace(part, path)
+    part.replace(path)
     sync_folder(path.parent)
     if part.parent != path.parent:
         sync_folder(part.parent)

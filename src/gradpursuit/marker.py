@@ -42,8 +42,8 @@ def require_ours(folder: Path) -> None:
         return
     shown = ", ".join(f"'{name}'" for name in names[:3]) + (" …" if len(names) > 3 else "")
     raise RunError(
-        f"{folder}: not empty, and no run of gradpursuit (it holds {shown}); nothing was written. Give the run a folder "
-        "of its own: --run-dir with a new name"
+        f"{folder}: not empty, and no run of gradpursuit (it holds {shown}); nothing was written. Give the run a "
+        "folder of its own: --run-dir with a new name"
     )
 
 

@@ -1,0 +1,176 @@
+"""Finished work comes back from any error, interruption or kill until its replacement is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gradpursuit import aside
+from gradpursuit.aside import before, recover, replacing, settled, unfinished
+from gradpursuit.files import write_folder, write_text
+from gradpursuit.lock import RunLock
+
+# One replacement of everything that can be replaced, which kills itself before its n-th rename, deletion or sync.
+SCRIPT = """
+import os, signal, shutil, sys
+from pathlib import Path
+from gradpursuit.aside import replacing
+from gradpursuit.files import write_text
+from gradpursuit.lock import RunLock
+root, left = Path(sys.argv[1]), int(sys.argv[2])
+def counted(real):
+    def call(*arguments, **named):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **named)
+    return call
+with RunLock(root):
+    os.fsync, Path.replace, Path.unlink = counted(os.fsync), counted(Path.replace), counted(Path.unlink)
+    shutil.rmtree = counted(shutil.rmtree)
+    with replacing(root, "selection", [root / "manifest.json"]) as old:
+        old.set_aside(root / "selection")
+        old.set_aside(root / "evaluation", copy=True)
+        write_text(root / "selection/a", "new")
+        write_text(root / "selection/b", "new")
+        write_text(root / "evaluation/a", "new")
+        write_text(root / "manifest.json", '{"format": 1, "stages": {"new": {}}}')
+        old.commit(["selection/a"])
+"""
+OLD = {"selection/a": "old", "evaluation/a": "old", "manifest.json": '{"format": 1, "stages": {}}'}
+NEW = {
+    "selection/a": "new",
+    "selection/b": "new",
+    "evaluation/a": "new",
+    "manifest.json": '{"format": 1, "stages": {"new": {}}}',
+}
+
+
+def texts(root: Path) -> dict[str, str]:
+    found = {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+    return {name: text for name, text in found.items() if name not in (".lock", "run.json")}
+
+
+def old_run(root: Path) -> Path:
+    for name, text in OLD.items():
+        write_text(root / name, text)
+    return root
+
+
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_and_nothing_else(tmp_path: Path) -> None:
+    seen: list[dict[str, str]] = []
+    for moment in range(1, 200):
+        root = old_run(tmp_path / str(moment))
+        # Forked, as starting Python anew for each of the moments would take a minute.
+        child = os.fork()
+        if child == 0:
+            sys.argv = ["script", str(root), str(moment)]
+            try:
+                exec(compile(SCRIPT, "script", "exec"), {})
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        with RunLock(root):
+            pass
+        seen.append(texts(root))
+        assert seen[-1] in (OLD, NEW), f"killed at moment {moment}"
+    assert len(seen) > 30
+    assert OLD in seen
+    assert NEW in seen
+    assert seen == sorted(seen, key=lambda one: one == NEW), "once the new work counts it stays"
+
+
+def test_two_kills_in_a_row_lose_nothing(tmp_path: Path) -> None:
+    root = old_run(tmp_path / "run")
+    for moment in (24, 24, 20, 10):
+        command = [sys.executable, "-c", SCRIPT, str(root), str(moment)]
+        assert subprocess.run(command, check=False, capture_output=True).returncode == -signal.SIGKILL
+    with RunLock(root):
+        pass
+    assert texts(root) == OLD
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, OSError, MemoryError])
+def test_the_old_work_comes_back_from_every_error(tmp_path: Path, error: type[BaseException]) -> None:
+    root = old_run(tmp_path)
+
+    def fail() -> None:
+        with replacing(root, "selection", [root / "manifest.json"]) as old:
+            old.set_aside(root / "selection")
+            old.set_aside(root / "evaluation", copy=True)
+            old.set_aside(root / "report.html")
+            write_text(root / "selection/b", "new")
+            write_text(root / "evaluation/a", "new")
+            write_text(root / "report.html", "new")
+            write_text(root / "manifest.json", "{}")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert texts(root) == OLD
+
+
+def test_a_begun_replacement_waits_for_the_next_attempt(tmp_path: Path) -> None:
+    root = old_run(tmp_path)
+
+    def fail() -> None:
+        with replacing(root, "gradients", [], keep_unfinished=True):
+            assert aside.set_aside(root / "selection")
+            write_text(root / "selection/half", "new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert (root / "selection/a").read_text() == "old"
+    assert (unfinished(root / "selection") / "half").read_text() == "new"
+    assert not before(root / "selection").exists()
+    assert not aside.set_aside(root / "selection"), "no replacement is open"
+
+
+def test_files_of_the_user_in_a_folder_that_is_replaced_are_kept(tmp_path: Path) -> None:
+    root = old_run(tmp_path)
+    write_text(root / "selection/notes/mine.txt", "mine")
+    write_text(root / "selection/b", "mine, by a name that the new work takes")
+    with replacing(root, "selection", []) as old:
+        old.set_aside(root / "selection")
+        write_text(root / "selection/a", "new")
+        write_text(root / "selection/b", "new")
+        old.commit(["selection/a"])
+    found = texts(root / "selection")
+    (kept,) = [name for name in found if name.startswith("b.kept-")]
+    assert found == {"a": "new", "b": "new", kept: "mine, by a name that the new work takes", "notes/mine.txt": "mine"}
+
+
+@pytest.mark.parametrize("name", [aside.OPEN, aside.DONE])
+def test_a_damaged_list_of_what_was_set_aside_is_named_and_nothing_is_deleted(tmp_path: Path, name: str) -> None:
+    from gradpursuit.errors import RunError
+
+    root = old_run(tmp_path)
+    before(root / "selection").mkdir()
+    write_text(root / name, '{"places": 3}')
+    with pytest.raises(RunError, match=r"damaged or unreadable .*give each its NAME again, then move this file away"):
+        recover(root)
+    assert before(root / "selection").is_dir()
+    assert (root / "selection/a").is_file()
+
+
+def test_a_folder_killed_while_it_is_swapped_is_found_again(tmp_path: Path) -> None:
+    folder, old = tmp_path / "out", aside._swapped(tmp_path / "out")
+    write_text(old / "a", "old")
+    settled(folder)
+    assert texts(tmp_path) == {"out/a": "old"}
+    write_text(old / "a", "older")
+    with write_folder(folder) as part:
+        (part / "a").write_text("new")
+    assert texts(tmp_path) == {"out/a": "new"}
