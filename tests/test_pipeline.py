@@ -350,7 +350,7 @@ def test_a_setting_that_is_refused_leaves_a_finished_run_as_it_was(
     assert main([verb, str(finished.run_dir), *setting]) == 2
     assert words in capsys.readouterr().err
     assert files() == before
-    assert not list(finished.run_dir.glob(".*.before"))
+    assert not list(finished.run_dir.rglob(".*.gradpursuit-*"))
 
 
 def test_rows_without_a_gradient_are_listed_and_never_chosen(

@@ -395,4 +395,4 @@ def test_a_replacement_that_fails_leaves_the_old_target(run: Path, template: Job
     bad.write_text('{"prompt": "only a prompt"}\n')
     assert main(["target", "add", str(run), "--name", "other", "--file", str(bad), "--replace"]) == 2
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in run.glob(".replaced*")) == []
+    assert sorted(path.name for path in run.rglob(".*.gradpursuit-*")) == []

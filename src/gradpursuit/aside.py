@@ -82,6 +82,9 @@ class Replacement:
         """Move the work at `place` aside, or a copy of it, from where it comes back unless this ends well."""
         if any(known["path"] == self._name(place) for known in self._value["places"]):
             return
+        if any(place.is_relative_to(self._root / known["path"]) for known in self._value["places"]):
+            durable.discard(place)  # a copy of the folder that holds it is aside
+            return
         old = before(place)
         durable.discard(old)  # of no replacement that is known: those were put back when the lock was taken
         there = os.path.lexists(place)
@@ -129,9 +132,10 @@ def replacing(root: Path, what: str, files: Sequence[Path], *, keep_unfinished: 
     _open.append(made)
     try:
         yield made
-    except BaseException:
+    except BaseException as error:
+        refused = isinstance(error, GradPursuitError) and not isinstance(error, RunError)
         try:
-            recover(root)
+            recover(root, keep_unfinished=not refused)
         except (OSError, GradPursuitError) as again:  # a full disk, say: whoever takes the lock next tries again
             logger.warning("%s: %s was set aside and comes back with the next command (%s)", root, what, again)
         raise
@@ -146,10 +150,14 @@ def set_aside(place: Path) -> bool:
     return bool(_open)
 
 
-def recover(root: Path) -> None:
-    """Put back what a replacement that did not end well had set aside, or finish one that did."""
+def recover(root: Path, *, keep_unfinished: bool = True) -> None:
+    """Put back what a replacement that did not end well had set aside, or finish one that did.
+
+    What was begun is kept where that was asked for, unless settings were refused, with which nothing can go on.
+    """
     if (root / OPEN).is_file() and not (root / OPEN).is_symlink():
         value = _read(root / OPEN)
+        value["keep_unfinished"] = keep_unfinished and value.get("keep_unfinished", False)
         _undo(root, value)
         logger.warning("%s: '%s' was not made again to its end; what it was before is back", root, value["what"])
     if (root / DONE).is_file() and not (root / DONE).is_symlink():
