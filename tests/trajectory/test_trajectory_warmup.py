@@ -307,13 +307,12 @@ def test_checkpoint_is_replaced_whole_or_not_at_all(fresh: Fresh, tmp_path: Path
     model = fresh()
     folder = tmp_path / "checkpoint-1"
     adam = stepped(model)
-    (tmp_path / "checkpoint-1.part").mkdir()
-    (tmp_path / "checkpoint-1.part" / "left over").write_text("x")
     for step in (1, 2):
         write_checkpoint(folder, model, replace(adam, step=step), 0.1)
         assert read_trajectory(tmp_path)[0].step == step
+        assert not (folder / "left over").exists()
+        (folder / "left over").write_text("x")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert not (folder / "left over").exists()
 
 
 def test_folder_that_cannot_be_written(fresh: Fresh, tmp_path: Path) -> None:
