@@ -2,7 +2,7 @@
 
 from gradpursuit.data.dropped import drop_record
 from gradpursuit.data.prepare import left_out, prepare, prepare_target
-from gradpursuit.data.readers import Example, read_examples
+from gradpursuit.data.readers import Example, Unreadable, read_examples
 from gradpursuit.data.render import IGNORE, Rendered, Renderer
 from gradpursuit.data.sampling import draw
 from gradpursuit.data.schemas import Conversation
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "Table",
     "TableWriter",
+    "Unreadable",
     "draw",
     "drop_record",
     "left_out",

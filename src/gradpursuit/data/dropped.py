@@ -14,6 +14,9 @@ from gradpursuit.errors import DataError
 from gradpursuit.files import write_atomic
 
 logger = logging.getLogger("gradpursuit")
+TOO_LONG = "longer than max_tokens"  # why a row was dropped
+_KINDS = 100  # reasons that are counted on their own
+_NAMED = 5  # of them that an error names
 
 
 class Place(Protocol):
@@ -51,7 +54,7 @@ class Dropped:
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.reasons: Counter[str] = Counter()  # "split: reason"
+        self.reasons: Counter[str] = Counter()  # "split: reason"; beyond a hundred of them "split: other reasons"
 
     @classmethod
     @contextmanager
@@ -67,7 +70,10 @@ class Dropped:
         """Write one line; `more` goes into it as well."""
         record = drop_record(split, place, reason, **more)
         self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-        self.reasons[f"{split}: {reason}"] += 1
+        key = f"{split}: {reason}"
+        if key not in self.reasons and len(self.reasons) >= _KINDS:
+            key = f"{split}: other reasons"
+        self.reasons[key] += 1
 
 
 class Losses:
@@ -89,9 +95,11 @@ class Losses:
         """Raise if too few rows are left."""
         lost = self._reasons.total()
         if self._first and (lost == self._total or lost > self._allowed * self._total):
-            reasons = ", ".join(f"{number} × {reason}" for reason, number in self._reasons.most_common())
+            reasons = ", ".join(f"{number} × {reason}" for reason, number in self._reasons.most_common(_NAMED))
+            if len(self._reasons) > _NAMED:
+                reasons += f", and {len(self._reasons) - _NAMED} other reasons"
+            longer = "raise data.max_tokens, " if TOO_LONG in self._reasons else ""
             raise DataError(
                 f"{lost} of {self._total} rows of the {self._name} cannot be used ({reasons}; first: "
-                f"{self._first.file}:{self._first.line}); raise data.max_tokens, mend the rows, or raise "
-                "data.max_dropped"
+                f"{self._first.file}:{self._first.line}); {longer}fix the rows, or raise data.max_dropped"
             )

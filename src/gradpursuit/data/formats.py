@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,19 +17,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradpursuit.data.json_array import elements
-from gradpursuit.errors import DataError
+from gradpursuit.data.json_text import parse, too_deep
+from gradpursuit.errors import DataError, GradPursuitError
 from gradpursuit.hub import hub_can_be_asked
 from gradpursuit.sources import Input
 
-Numbered = tuple[int, dict[str, Any]]  # line (or row, where a format has no lines; from 1) and columns
+Numbered = tuple[
+    int, "dict[str, Any] | DataError"
+]  # line (or row, without lines; from 1), and columns or what is wrong
 _BATCH = 1024  # rows of a columnar file that are in memory at a time
+_LONGEST = 1 << 28  # bytes of a line: a longer one is not even held
 
 
 def rows(made: Input) -> Iterator[Numbered]:
-    """Line (or row) number, from 1, and columns of every row.
+    """Line (or row) number, from 1, and columns of every row; of a row that cannot be read, an error without a place.
 
     Raises:
-        DataError: with file and line, and what to do.
+        DataError: the file as a whole cannot be read: with its name, and what to do.
     """
     yield from _READERS[made.kind](made)
 
@@ -56,36 +61,50 @@ def count(made: Input) -> int | None:
 
 @contextmanager
 def _opened(path: str) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed."""
+    """The bytes of a text file, decompressed."""
     try:
         with Path(path).open("rb") as file, gzip.open(file) if path.lower().endswith(".gz") else file as plain:
+            head = cast(io.BufferedReader, plain).peek(64)[:64]
+            if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 3:
+                raise DataError(f"{path}: not UTF-8 but UTF-16, or no text; save it as UTF-8")
             yield cast(IO[bytes], plain)
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file: {error}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
+    """Number and bytes of every line that is not blank; None for one that is too long to be held."""
+    number = 0
+    while raw := file.readline(_LONGEST):
+        number += 1
+        if number == 1:
+            raw = raw.removeprefix(codecs.BOM_UTF8)
+        if len(raw) < _LONGEST or raw.endswith(b"\n"):
+            if raw.strip():
+                yield number, raw
+            continue
+        while raw and not raw.endswith(b"\n"):
+            raw = file.readline(_LONGEST)
+        yield number, None
+
+
 def _json_lines(made: Input) -> Iterator[Numbered]:
-    path = made.path
-    with _opened(path) as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8").rstrip(" \t\r\n"))  # what a cut line lacks is lacking on that line
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8: {error.reason}; save it as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}; "
-                    "expected one JSON object a line"
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not usable JSON: {error}") from None
-            yield number, _object(row, "\\u" if b"\\u" in raw else "", f"{path}:{number}")
+    with _opened(made.path) as file:
+        for number, raw in _lines(file):
+            yield number, _parsed_line(raw)
+
+
+def _parsed_line(raw: bytes | None) -> dict[str, Any] | DataError:
+    if raw is None:
+        return DataError(f"a line of more than {_LONGEST >> 20} MiB; expected one JSON object a line")
+    try:
+        return _object(parse(raw.decode("utf-8").rstrip(" \t\r\n")))  # what a cut line lacks is lacking on that line
+    except UnicodeDecodeError as error:
+        return DataError(f"not UTF-8: {error.reason} at byte {error.start}; save it as UTF-8")
+    except DataError as error:
+        return error
 
 
 def _json(made: Input) -> Iterator[Numbered]:
@@ -96,83 +115,124 @@ def _json(made: Input) -> Iterator[Numbered]:
         yield from _json_lines(made)
         return
     with _opened(made.path) as file:
+        # Other bytes become halves of characters, which are found row by row.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
         try:
-            for number, text, value in elements(io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")):
-                yield number, _object(value, text, f"{made.path}:{number}")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{made.path}: not UTF-8: {error.reason}; save it as UTF-8") from None
+            for number, value in elements(text):
+                yield number, value if isinstance(value, DataError) else _object(value)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{made.path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}"
             ) from None
-        except RecursionError as error:
-            raise DataError(f"{made.path}: not usable JSON: {error}") from None
+        except RecursionError:
+            raise DataError(f"{made.path}: not usable JSON: {too_deep()}") from None
 
 
-def _object(row: Any, text: str, where: str) -> dict[str, Any]:
-    """`row`, which must be an object, of whole characters; `text` is what it was read from."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, found {type(row).__name__}")
-    if "\\u" in text:  # JSON escapes can hold one half of a surrogate pair, which cannot be written as UTF-8
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start]
-            raise DataError(f"{where}: holds half a character (\\u{ord(half):04x} alone); remove it") from None
-    return row
+def _object(row: Any) -> dict[str, Any] | DataError:
+    return row if isinstance(row, dict) else DataError(f"expected a JSON object, found {type(row).__name__}")
 
 
 def _csv(made: Input) -> Iterator[Numbered]:
     path = made.path
-    csv.field_size_limit(1 << 30)  # the default refuses long texts
+    csv.field_size_limit(_LONGEST)  # the default refuses long texts
     with _opened(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter="\t" if made.kind == "tsv" else ",", strict=True)
-        number = 1
         try:
-            header = next(reader, [])
-            if len(set(header)) != len(header) or "" in header:
-                raise DataError(f"{path}:1: the header needs a different name for every column; found {header!r:.200}")
-            if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
-                raise DataError(
-                    f"{path}:1: the header is one column, {header[0]!r:.100}: the file is separated by {other!r}, "
-                    f"not by {reader.dialect.delimiter!r}; save it with commas, or with tabs as .tsv"
-                )
-            for values in reader:
-                start, number = number, reader.line_num
-                if not values:
-                    continue
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{path}:{start + 1}: has {len(values)} fields, the header has {len(header)}; "
-                        "put text that holds commas, quotes or line breaks in quotes"
-                    )
-                yield start + 1, dict(zip(header, values, strict=True))
+            header = _header(path, next(reader, []), reader.dialect.delimiter)
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}: after line {reader.line_num}: not UTF-8: {error.reason}; save it as UTF-8"
-            ) from None
+        while True:
+            start = reader.line_num + 1
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if str(error).startswith("unexpected end"):  # the rest of the file lies in that quote
+                    raise DataError(
+                        f"{path}:{start}: not valid CSV: {error}: a quote is opened there and never closed"
+                    ) from None
+                yield start, DataError(f"not valid CSV: {error}")
+                continue
+            if not values:
+                continue
+            if len(values) != len(header):
+                yield (
+                    start,
+                    DataError(
+                        f"has {len(values)} fields, the header has {len(header)}; "
+                        "put text that holds commas, quotes or line breaks in quotes"
+                    ),
+                )
+                continue
+            yield start, dict(zip(header, values, strict=True))
+
+
+def _header(path: str, header: list[str], delimiter: str) -> list[str]:
+    """The names of the columns.
+
+    Raises:
+        DataError: they do not serve.
+    """
+    if len(set(header)) != len(header) or "" in header:
+        raise DataError(f"{path}:1: the header needs a different name for every column; found {header!r:.200}")
+    if len(header) == 1 and (other := next((mark for mark in ";\t|" if mark in header[0]), "")):
+        raise DataError(
+            f"{path}:1: the header is one column, {header[0]!r:.100}: the file is separated by {other!r}, "
+            f"not by {delimiter!r}; save it with commas, or with tabs as .tsv"
+        )
+    return header
 
 
 @contextmanager
 def _arrow_errors(path: str) -> Iterator[None]:
     try:
         yield
+    except GradPursuitError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path}: cannot be read: No such file or directory") from None
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not readable: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # of damaged files the libraries raise many kinds
+        raise DataError(f"{path}: not readable: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _parquet(made: Input) -> Iterator[Numbered]:
     number = 0
     with _arrow_errors(made.path), pq.ParquetFile(made.path) as file:
         for batch in file.iter_batches(batch_size=_BATCH):
-            for columns in batch.to_pylist():
+            for columns in _dicts(batch, made.path):
                 number += 1
                 yield number, columns
+
+
+def _dicts(table: pa.Table | pa.RecordBatch, path: str) -> list[dict[str, Any] | DataError]:
+    """The rows of a table as Python values; of a row with a value that Python has not, an error.
+
+    Raises:
+        DataError: two columns have the same name.
+    """
+    names = table.schema.names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DataError(f"{path}: has two columns of the name '{twice[0]}'; rename one of them")
+    try:
+        return list(table.to_pylist())
+    except Exception:  # text that is not UTF-8, dates of no calendar, unknown time zones: one value spoils them all
+        return [_dict(table, i) for i in range(table.num_rows)]
+
+
+def _dict(table: pa.Table | pa.RecordBatch, index: int) -> dict[str, Any] | DataError:
+    row = {}
+    for name in table.schema.names:
+        try:
+            row[name] = table[name][index].as_py()
+        except Exception as error:
+            return DataError(f"column '{name}' cannot be read: {_said(error)}")
+    return row
 
 
 def _saved(made: Input) -> Iterator[Numbered]:
@@ -187,8 +247,8 @@ def _data_set(made: Input) -> Any:
         found = Dataset.from_file(made.path) if made.kind == "arrow" else load_from_disk(made.path)
     except FileNotFoundError as error:
         raise DataError(f"{made.path}: cannot be read: {error.filename or 'a file of it'} is not there") from None
-    except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{made.path}: not readable: {' '.join(str(error).split())[:300]}") from None
+    except Exception as error:  # of damaged folders the library raises many kinds
+        raise DataError(f"{made.path}: not readable: {_said(error)}") from None
     split = made.source.split
     if isinstance(found, DatasetDict):
         if split not in found:
@@ -221,7 +281,7 @@ def _streamed(made: Input) -> Any:
             made.path, source.subset, split=source.split or "train", revision=source.revision, streaming=True
         )
     except Exception as error:  # the library and its network client raise many kinds
-        raise DataError(f"{made.path}: cannot be read from the hub: {' '.join(str(error).split())[:400]}") from None
+        raise DataError(f"{made.path}: cannot be read from the hub: {_said(error)}") from None
 
 
 def _batches(data: Any, path: str) -> Iterator[Numbered]:
@@ -229,7 +289,7 @@ def _batches(data: Any, path: str) -> Iterator[Numbered]:
     number = 0
     with _arrow_errors(path):
         for table in data.with_format("arrow").iter(batch_size=_BATCH):
-            for columns in table.to_pylist():
+            for columns in _dicts(table, path):
                 number += 1
                 yield number, columns
 

@@ -7,13 +7,18 @@ import re
 from collections.abc import Iterator
 from typing import IO, Any
 
+from gradpursuit.data.json_text import unique
+from gradpursuit.errors import DataError
+
 _CHUNK = 1 << 20
 _AFTER = tuple(",] \t\r\n")
+_DECODER = json.JSONDecoder(object_pairs_hook=unique)
+_LENIENT = json.JSONDecoder(parse_int=str)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def elements(file: IO[str]) -> Iterator[tuple[int, str, Any]]:
-    """Number (from 1), text and value of every element of the list that `file` holds.
+def elements(file: IO[str]) -> Iterator[tuple[int, Any]]:
+    """Number (from 1) and value of every element of the list that `file` holds; an error for one that cannot be used.
 
     Raises:
         json.JSONDecodeError: the file holds something else; its line is that in the file.
@@ -25,7 +30,7 @@ def elements(file: IO[str]) -> Iterator[tuple[int, str, Any]]:
         if number:
             buffer.expect(",")
         number += 1
-        yield number, *buffer.element()
+        yield number, buffer.element()
     buffer.expect("]")
     if buffer.peek():
         raise buffer.error("Extra data")
@@ -37,7 +42,6 @@ class _Buffer:
     def __init__(self, file: IO[str]) -> None:
         self._file, self._text, self._at, self._ended = file, "", 0, False
         self._lines = self._columns = 0  # that lie before the buffer
-        self._decoder = json.JSONDecoder()
 
     def peek(self) -> str:
         """The next character that is no space; empty at the end."""
@@ -53,12 +57,12 @@ class _Buffer:
             raise self.error(f"Expecting '{character}'" + (" or ']'" if character == "," else ""))
         self._at += 1
 
-    def element(self) -> tuple[str, Any]:
-        """Step over a value: its text, and itself."""
+    def element(self) -> Any:
+        """Step over a value, and return it."""
         self.peek()
         while True:
             try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
+                value, end = self._decoded()
             except json.JSONDecodeError as error:
                 # A value that goes on beyond the buffer looks broken near its end, or in a string without one.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self._text) - 16
@@ -67,9 +71,20 @@ class _Buffer:
             else:
                 could_go_on = isinstance(value, (int, float))  # as 1 in 1e5
                 if not could_go_on or self._text[end : end + 1] in _AFTER or self._ended:
-                    text, self._at = self._text[self._at : end], end
-                    return text, value
+                    self._at = end
+                    return value
             self._more()
+
+    def _decoded(self) -> tuple[Any, int]:
+        """The value that begins here, or what is wrong with it alone; and where it ends."""
+        try:
+            return _DECODER.raw_decode(self._text, self._at)
+        except json.JSONDecodeError:
+            raise
+        except DataError as error:
+            return error, _LENIENT.raw_decode(self._text, self._at)[1]
+        except ValueError as error:  # a number of thousands of digits
+            return DataError(f"not usable JSON: {error}"), _LENIENT.raw_decode(self._text, self._at)[1]
 
     def error(self, message: str, at: int | None = None) -> json.JSONDecodeError:
         """An error at a place of the buffer, with its line in the file."""

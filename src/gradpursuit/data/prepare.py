@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from gradpursuit.config import DataSection
-from gradpursuit.data.dropped import Dropped, Losses
+from gradpursuit.data.dropped import TOO_LONG, Dropped, Losses
 from gradpursuit.data.duplicates import Copies, NearCopies, exact_hash, said, text_hash
 from gradpursuit.data.formats import count
 from gradpursuit.data.leakage import Leak, Leaks, Protected
-from gradpursuit.data.readers import Example, read_examples
+from gradpursuit.data.readers import Example, Unreadable, read_examples
 from gradpursuit.data.render import Rendered, Renderer
 from gradpursuit.data.schemas import Conversation, recognise
 from gradpursuit.data.table import Row, Table, TableWriter
@@ -66,7 +66,7 @@ class Cleaner:
     def clean(self, name: str) -> Iterator[Clean]:
         """The usable rows of split `name`, in order.
 
-        Reasons to drop one: `no supervised token`, `longer than max_tokens`, more tokens than the model has positions,
+        Reasons to drop one: it cannot be read (with the details beside the reason), `no supervised token`, `longer than max_tokens`, more tokens than the model has positions,
         and what the chat template refuses.
 
         Raises:
@@ -80,8 +80,13 @@ class Cleaner:
         examples = read_examples(inputs, self.config.columns)
         with Progress(f"render {name}", total) as progress:
             while batch := list(islice(examples, _BATCH)):
-                rendered = self.renderer.many([example.conversation for example in batch])
-                for example, found in zip(batch, rendered, strict=True):
+                rendered = iter(self.renderer.many([row.conversation for row in batch if isinstance(row, Example)]))
+                for example in batch:
+                    if isinstance(example, Unreadable):
+                        losses.count(example, example.reason)
+                        self.dropped.add(name, example, example.reason, detail=example.detail)
+                        continue
+                    found = next(rendered)
                     schemas.setdefault(example.source, Counter())[example.schema] += 1
                     self._refuse_unknown(example, found)
                     reason = self._unusable(found)
@@ -112,7 +117,7 @@ class Cleaner:
         if isinstance(found, DataError):
             return str(found)
         if len(found.input_ids) > self.config.max_tokens:
-            return "longer than max_tokens"
+            return TOO_LONG
         if reason := self.renderer.limits.too_long(len(found.input_ids)):
             return reason
         return "" if found.supervised else "no supervised token"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gradpursuit.config import SourceSection
 from gradpursuit.data.formats import count, rows
-from gradpursuit.data.readers import as_json
+from gradpursuit.data.json_text import as_json
+from gradpursuit.errors import DataError
 from gradpursuit.files import write_atomic
 from gradpursuit.sources import expand
 
@@ -37,8 +39,16 @@ def draw(sources: Sequence[SourceSection], size: int, folder: Path) -> tuple[lis
             continue
         path = folder / f"{number}.jsonl"
         with write_atomic(path) as file:
-            for place, (line, columns) in enumerate(rows(made)):
+            for place, (_, columns) in enumerate(rows(made)):
                 if place in wanted:
-                    file.write((as_json(columns, f"{made.path}:{line}") + "\n").encode())
+                    file.write((_line(columns) + "\n").encode())
         drawn.append(SourceSection(path=str(path), name=made.name, columns=made.source.columns))
     return drawn, total / size
+
+
+def _line(columns: dict[str, Any] | DataError) -> str:
+    """A row; one that cannot be read stays one, so that it is dropped and counted here as it is in a run."""
+    try:
+        return as_json(str(columns) if isinstance(columns, DataError) else columns)
+    except DataError as error:
+        return as_json(str(error))
