@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradpursuit.config import SourceSection
-from gradpursuit.data import Example
+from gradpursuit.data import Example, Unreadable
 from gradpursuit.data import read_examples as read_inputs
 from gradpursuit.data.readers import content_hash
 from gradpursuit.errors import DataError
@@ -17,7 +17,9 @@ from gradpursuit.sources import expand
 
 
 def read_examples(paths: list[str]) -> list[Example]:
-    return list(read_inputs(expand([SourceSection(path=path) for path in paths])))
+    return [
+        row for row in read_inputs(expand([SourceSection(path=path) for path in paths])) if isinstance(row, Example)
+    ]
 
 
 def write(tmp_path: Path, *rows: Any, name: str = "a.jsonl") -> str:
@@ -32,6 +34,16 @@ def pair(prompt: str = "q", completion: str = "a", **more: Any) -> dict[str, Any
 
 def chat(*turns: tuple[str, str], **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+def unreadable(path: str, line: int) -> str:
+    """What is wrong with one line of a file whose other lines are examples."""
+    (found,) = [row for row in read_inputs(expand([SourceSection(path=path)])) if isinstance(row, Unreadable)]
+    assert (found.file, found.line, found.source) == (path, line, path)
+    assert "\n" not in found.detail
+    assert len(found.detail) < 600
+    assert 0 < len(found.reason) <= 160
+    return found.detail
 
 
 def refused(path: str) -> str:
@@ -116,9 +128,9 @@ def test_forms_of_lines(tmp_path: Path, content: bytes) -> None:
 
 def test_line_numbers_count_blank_lines(tmp_path: Path) -> None:
     path = write(tmp_path, pair(), b"\n\n", b"{broken\n")
-    assert f"{path}:4: not valid JSON" in refused(path)
+    assert "not valid JSON" in unreadable(path, 4)
     path = write(tmp_path, pair(), b'{"prompt": "q"\r\n')
-    assert f"{path}:2: not valid JSON: Expecting ',' delimiter at column 15" in refused(path)
+    assert "not valid JSON: Expecting ',' delimiter at column 15" in unreadable(path, 2)
 
 
 def test_line_separators_inside_text(tmp_path: Path) -> None:
@@ -175,17 +187,56 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b'{"prompt": "q", "completion": "a", "id": true}', "'id' is True; expected"),
         (b'{"prompt": "q", "completion": "a", "id": ["x"]}', "'id' is ['x']; expected"),
         (b'{"prompt": "q", "completion": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON"),
-        (b"[" * 100_000, "not usable JSON"),
+        (b"[" * 200_000, "nested more than 100 deep"),
+        (b'{"prompt": "q", "completion": "a", "n": ' + b"[" * 200 + b"]" * 200 + b"}", "nested more than 100 deep"),
+        (b'{"messages": "' + b"[" * 200_000 + b'"}', "nested more than 100 deep"),
+        (b'{"prompt": "q", "completion": "a", "tools": "' + b"[" * 200_000 + b'"}', "nested more than 100 deep"),
+        (b'{"prompt": "q", "completion": "a", "prompt": "r"}', "the key 'prompt' is there twice"),
+        (b'{"messages": [{"role": "user", "role": "tool", "content": "x"}]}', "the key 'role' is there twice"),
+        (b'{"conversations": []}', "'conversations': expected a list"),
+        (b'{"conversations": [{"from": "gpt", "value": null}]}', "'conversations'[0]: expected 'from' and a text"),
         (b'{"prompt": "q \\ud83d", "completion": "a"}', "half a character (\\ud83d alone)"),
         (b'{"prompt": "q", "completion": "a", "note": {"x": ["\\udc00"]}}', "half a character (\\udc00 alone)"),
     ],
 )  # fmt: skip
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, part: str) -> None:
-    path = write(tmp_path, pair(), line + b"\n")
+def test_bad_lines_are_unreadable(tmp_path: Path, line: bytes, part: str) -> None:
+    path = write(tmp_path, pair(), line + b"\n", pair("z"))
+    assert part in unreadable(path, 2)
+    alone = write(tmp_path, line + b"\n", name="alone.jsonl")
+    if not line.startswith(b"\xff\xfe"):  # then the whole file is taken for UTF-16
+        assert part in refused(alone)
+
+
+def test_a_mistake_of_the_whole_file_stops_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, *[{"body": str(i)} for i in range(40)])
     message = refused(path)
-    assert f"{path}:2: " in message
-    assert part in message
-    assert len(message) < 600
+    assert message.startswith(f"{path}:1: columns found: 'body'; expected")
+    assert message.endswith("(all 40 rows cannot be read)")
+    path = write(tmp_path, b"{\n", *[{"body": str(i)} for i in range(1200)], pair())
+    assert refused(path).startswith(f"{path}:2: columns found: 'body'; expected")
+    assert refused(path).endswith("(the first 1,000 rows cannot be read)")
+    path = write(tmp_path, *[{"body": str(i)} for i in range(999)], pair())
+    assert len(read_examples([path])) == 1
+
+
+def test_unreadable_rows_keep_their_order_and_ids(tmp_path: Path) -> None:
+    path = write(tmp_path, {"id": "x", "text": 5}, b"{\n", pair("a"), {"id": 7, "text": None}, pair("b"))
+    found = list(read_inputs(expand([SourceSection(path=path)])))
+    assert [row.line for row in found] == [1, 2, 3, 4, 5]
+    assert [row.id for row in found if isinstance(row, Unreadable)] == ["x", f"{path}:2", "7"]
+    assert [row.reason for row in found if isinstance(row, Unreadable)][:2] == [
+        "'text' is int",
+        "not valid JSON: Expecting property name enclosed in double quotes",
+    ]
+
+
+def test_not_a_number_becomes_null(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path, b'{"prompt": "q", "completion": "a", "x": NaN, "y": [1e999, {"z": -Infinity}]}\n', pair("b"))
+    first, second = read_examples([path])
+    assert first.columns == {"prompt": "q", "completion": "a", "x": None, "y": [None, {"z": None}]}
+    assert json.loads(first.original, parse_constant=pytest.fail) == first.columns
+    assert caplog.text.count("holds NaN or infinity") == 1
+    assert second.columns == pair("b")
 
 
 def test_whole_escaped_pairs_are_fine(tmp_path: Path) -> None:
@@ -193,9 +244,21 @@ def test_whole_escaped_pairs_are_fine(tmp_path: Path) -> None:
     assert [m["content"] for m in example.conversation.messages] == ["😀", "é"]
 
 
-def test_duplicate_ids_name_both_places(tmp_path: Path) -> None:
+def test_the_same_id_twice_in_a_source_names_both_places(tmp_path: Path) -> None:
     path = write(tmp_path, pair("a", id=5), pair("b"), pair("c", id="5"))
-    assert f"{path}:3: id '5' is already used at {path}:1; ids must be unique" in refused(path)
-    other = write(tmp_path, pair("d", id="5"), name="b.jsonl")
-    with pytest.raises(DataError, match=r"b\.jsonl:1: id '5' is already used at .*c\.jsonl:1"):
-        read_examples([write(tmp_path, pair(id=5), name="c.jsonl"), other])
+    assert f"{path}:3: id '5' is already used at {path}:1; ids must be unique in a source" in refused(path)
+    write(tmp_path, pair("d", id="5"), name="b.jsonl")
+    write(tmp_path, pair(id=5), name="c.jsonl")
+    with pytest.raises(DataError, match=r"c\.jsonl:1: id '5' is already used at .*b\.jsonl:1"):
+        list(read_inputs(expand([SourceSection(path=str(tmp_path / "[bc].jsonl"), name="mine")])))
+
+
+def test_sources_may_number_their_own_rows(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    paths = [write(tmp_path, *[pair(f"{name}{i}", id=i) for i in range(3)], name=f"{name}.jsonl") for name in "ab"]
+    paths.append(write(tmp_path, pair("x", id="b.jsonl/0"), pair("y", id=0), pair("z", id=9), name="c.jsonl"))
+    ids = [example.id for example in read_examples(paths)]
+    assert ids == [*"012", "b.jsonl/0", "b.jsonl/1", "b.jsonl/2", "c.jsonl/b.jsonl/0", "c.jsonl/0", "9"]
+    assert "note: 3 ids of b.jsonl are also those of an earlier source; they are b.jsonl/ID" in caplog.text
+    named = [SourceSection(path=path, name=name) for path, name in zip(paths, ("one", "two"), strict=False)]
+    assert [row.id for row in read_inputs(expand(named))] == [*"012", "two/0", "two/1", "two/2"]

@@ -66,8 +66,8 @@ class Cleaner:
     def clean(self, name: str) -> Iterator[Clean]:
         """The usable rows of split `name`, in order.
 
-        Reasons to drop one: it cannot be read (with the details beside the reason), `no supervised token`, `longer than max_tokens`, more tokens than the model has positions,
-        and what the chat template refuses.
+        Reasons to drop one: it cannot be read (`detail` says what is wrong with it), `no supervised token`, `longer
+        than max_tokens`, more tokens than the model has positions, and what the chat template refuses.
 
         Raises:
             DataError: a source cannot be read, or more than `data.max_dropped` of the rows, or all, were dropped.

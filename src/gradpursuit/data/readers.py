@@ -124,7 +124,7 @@ class _Reader:
             try:
                 yield self._example(line, columns)
             except DataError as error:
-                if isinstance(error, _SameId):
+                if isinstance(error, _SameIdError):
                     raise
                 yield self._unreadable(line, columns, str(error))
             except RecursionError:
@@ -185,7 +185,7 @@ def _kind(detail: str) -> str:
     return re.sub(r"\d+", "…", short)[:160]
 
 
-class _SameId(DataError):
+class _SameIdError(DataError):
     """Two rows of one source have the same id: no mistake of one row."""
 
 
@@ -216,7 +216,7 @@ class _Names:
             self._files.append(made.path)
         if key in self._own:
             place = self._own[key]
-            raise _SameId(
+            raise _SameIdError(
                 f"{made.path}:{line}: id '{name}' is already used at {self._files[place >> 48]}:"
                 f"{place & ((1 << 48) - 1)}; ids must be unique in a source: give the files of a source that number "
                 "their own rows no name, or a name each, or leave the 'id' column out"

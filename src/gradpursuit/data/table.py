@@ -71,8 +71,8 @@ class Row:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Every original column, as it was read."""
-        columns: dict[str, Any] = json.loads(self.original)
+        """Every original column, as it was read; null for NaN and infinity, which tables of earlier versions hold."""
+        columns: dict[str, Any] = json.loads(self.original, parse_constant=lambda _: None)
         return columns
 
 

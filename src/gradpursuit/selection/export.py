@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from gradpursuit.data import Table
+from gradpursuit.data import Row, Table
 from gradpursuit.errors import RunError
 from gradpursuit.files import read_json, write_atomic, write_json
 from gradpursuit.selection.base import Selection
+from gradpursuit.sources import short_names
 
 _PLACES = [("draw", pa.int64()), ("rank", pa.int64()), ("index", pa.int64())]
 _WEIGHTS = [("weight", pa.float64()), ("layer", pa.int64())]
@@ -94,12 +95,20 @@ def copies_chosen(selection: Selection, pool: Table) -> int:
     """Chosen rows that repeat another chosen row.
 
     Rows repeat one another if their texts are equal up to case and white space, or if their column `duplicate_of` names
-    the same row.
+    the same row: by its id, of their own source if that has such a row. Other values of that column name no row.
     """
+    sources = dict(zip(pool.ids, pool.column("source"), strict=True))
+    names = short_names(zip(pool.column("source"), pool.column("file"), strict=True))
+
+    def named(row: Row) -> str | None:
+        value = row.columns.get("duplicate_of")
+        if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
+            return None
+        own, shared = str(value), f"{names[row.source]}/{value}"
+        return shared if sources.get(own) != row.source and sources.get(shared) == row.source else own
+
     roots: dict[str, str] = {}
     for row in pool:
-        roots.setdefault(row.hash, row.columns.get("duplicate_of") or row.id)
-    clusters = {
-        pool[index].columns.get("duplicate_of") or roots[pool[index].hash] for index in selection.indices.tolist()
-    }
-    return len(selection.indices) - len(clusters)
+        roots.setdefault(row.hash, named(row) or row.id)
+    chosen = [pool[index] for index in selection.indices.tolist()]
+    return len(chosen) - len({named(row) or roots[row.hash] for row in chosen})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gradpursuit.data import IGNORE, Row, Table
+from gradpursuit.data.json_text import as_json
 from gradpursuit.errors import SelectionError
 from gradpursuit.files import write_atomic, write_folder
 from gradpursuit.selection.base import Selection
@@ -138,7 +138,7 @@ def write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     """Write JSON Lines, atomically."""
     with write_atomic(path) as file:
         for record in records:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+            file.write((as_json(record) + "\n").encode())
 
 
 def to_arrow(records: Sequence[dict[str, Any]], kinds: Mapping[str, pa.DataType]) -> tuple[pa.Table, list[str]]:
@@ -153,7 +153,7 @@ def to_arrow(records: Sequence[dict[str, Any]], kinds: Mapping[str, pa.DataType]
         column = _arrow(values, kinds.get(name))
         if column is None:
             as_text.append(name)
-            column = pa.array([None if value is None else json.dumps(value, ensure_ascii=False) for value in values])
+            column = pa.array([None if value is None else as_json(value) for value in values])
         columns[name] = column
     return pa.table(columns), as_text
 
