@@ -20,6 +20,7 @@ ColumnName = Literal[
     "input",
     "output",
     "system",
+    "history",
     "text",
     "tools",
 ]
@@ -37,7 +38,7 @@ class SourceSection(Section):
     split: str | None = Field(None, description="of a hub id (default: train) or of a saved DatasetDict")
     subset: str | None = Field(None, description="configuration of a hub data set")
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
-    columns: dict[ColumnName, str] | None = Field(
+    columns: dict[ColumnName, str | None] | None = Field(
         None, description="as data.columns, for this source alone: which column holds what"
     )
 
@@ -77,8 +78,10 @@ class DataSection(Section):
         default_factory=list,
         description="examples for scoring only; empty: split off from the target (in-domain: from the pool)",
     )
-    columns: dict[ColumnName, str] = Field(
-        default_factory=dict, description="which column holds what, where it is not called so: {prompt: question}"
+    columns: dict[ColumnName, str | None] = Field(
+        default_factory=dict,
+        description="which column holds what, where it is not called so: {prompt: question}; null: not read, "
+        "as in {tools: null}",
     )
     turns: Turns = Field(
         "assistant", description="what is supervised: every assistant turn, the last one alone, or all tokens"

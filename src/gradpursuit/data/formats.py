@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gradpursuit.data.arrow import unpadded
 from gradpursuit.data.json_array import elements
 from gradpursuit.data.json_text import parse, too_deep
 from gradpursuit.errors import DataError, GradPursuitError
@@ -211,7 +212,8 @@ def _parquet(made: Input) -> Iterator[Numbered]:
 
 
 def _dicts(table: pa.Table | pa.RecordBatch, path: str) -> list[dict[str, Any] | DataError]:
-    """The rows of a table as Python values; of a row with a value that Python has not, an error.
+    """The rows of a table as Python values, without the nulls that Arrow added to structs; of a row with a value that
+    Python has not, an error.
 
     Raises:
         DataError: two columns have the same name.
@@ -220,9 +222,10 @@ def _dicts(table: pa.Table | pa.RecordBatch, path: str) -> list[dict[str, Any] |
     if twice := [name for name in names if names.count(name) > 1]:
         raise DataError(f"{path}: has two columns of the name '{twice[0]}'; rename one of them")
     try:
-        return list(table.to_pylist())
+        made = list(table.to_pylist())
     except Exception:  # text that is not UTF-8, dates of no calendar, unknown time zones: one value spoils them all
-        return [_dict(table, i) for i in range(table.num_rows)]
+        made = [_dict(table, i) for i in range(table.num_rows)]
+    return [row if isinstance(row, DataError) else unpadded(row, table.schema) for row in made]
 
 
 def _dict(table: pa.Table | pa.RecordBatch, index: int) -> dict[str, Any] | DataError:
@@ -285,7 +288,7 @@ def _streamed(made: Input) -> Any:
 
 
 def _batches(data: Any, path: str) -> Iterator[Numbered]:
-    """Rows of a data set, as they are stored: nothing is decoded."""
+    """Rows of a data set, as they are stored: nothing is decoded; nulls that Arrow added to structs are left out."""
     number = 0
     with _arrow_errors(path):
         for table in data.with_format("arrow").iter(batch_size=_BATCH):

@@ -55,6 +55,7 @@ class Inspection:
         masks: how the supervised tokens are found.
         rows: kept, by split.
         sources: rows of every schema that was recognised, dropped ones included, by split and source.
+        notes: what the rows hold that is not read: rows of every note, by split.
         tokens: minimum, median, 95th percentile, maximum and total of the rows' lengths, by split.
         supervised: the same of the supervised tokens alone.
         dropped: by split and reason.
@@ -73,6 +74,7 @@ class Inspection:
     masks: str
     rows: dict[str, int]
     sources: dict[str, dict[str, dict[str, int]]]
+    notes: dict[str, dict[str, int]]
     tokens: dict[str, dict[str, int]]
     supervised: dict[str, dict[str, int]]
     dropped: list[Drop]
@@ -125,6 +127,7 @@ def inspect(
             masks=counts["masks"],
             rows={name: counts["rows"][name] for name in SPLITS},
             sources=counts["schemas"],
+            notes=counts["notes"],
             tokens={name: _figures(tokens) for name, (tokens, _) in lengths.items()},
             supervised={name: _figures(supervised) for name, (_, supervised) in lengths.items()},
             dropped=[Drop(*key, rows, records.first[key]) for key, rows in records.reasons.items()],

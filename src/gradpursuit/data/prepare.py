@@ -56,12 +56,14 @@ class Cleaner:
         renderer: of the model.
         dropped: takes the rows that are left out.
         schemas: rows of every schema that was recognised, by split and source.
+        notes: rows of every note on what is not read, by split.
     """
 
     config: DataSection
     renderer: Renderer
     dropped: Dropped
     schemas: dict[str, dict[str, Counter[str]]] = field(default_factory=dict)
+    notes: dict[str, Counter[str]] = field(default_factory=dict)
 
     def clean(self, name: str) -> Iterator[Clean]:
         """The usable rows of split `name`, in order.
@@ -76,7 +78,7 @@ class Cleaner:
         counts = [count(made) for made in inputs]
         total = None if None in counts else sum(number or 0 for number in counts)
         losses = Losses(name, self.config.max_dropped)
-        schemas = self.schemas.setdefault(name, {})
+        schemas, notes = self.schemas.setdefault(name, {}), self.notes.setdefault(name, Counter())
         examples = read_examples(inputs, self.config.columns)
         with Progress(f"render {name}", total) as progress:
             while batch := list(islice(examples, _BATCH)):
@@ -88,6 +90,7 @@ class Cleaner:
                         continue
                     found = next(rendered)
                     schemas.setdefault(example.source, Counter())[example.schema] += 1
+                    notes.update(example.conversation.notes)
                     self._refuse_unknown(example, found)
                     reason = self._unusable(found)
                     losses.count(example, reason)
@@ -99,6 +102,8 @@ class Cleaner:
                 progress.update(len(batch))
         for source, found_schemas in schemas.items():
             logger.info("%s: %s: %s", name, source, _schema_text(found_schemas))
+        for note, rows in notes.items():
+            logger.warning("%s: %s (%d rows)", name, note, rows)
         losses.refuse()
 
     def _refuse_unknown(self, example: Example, found: Rendered | DataError) -> None:
@@ -133,7 +138,7 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
 
     Returns:
         Counts for the manifest: rows kept per split, drops per reason, texts of the pool that are distinct up to case
-        and white space, schemas per source, and how the supervised tokens were found.
+        and white space, schemas per source, notes on what is not read, and how the supervised tokens were found.
 
     Raises:
         DataError: a source is unusable, or too little is left of a split.
@@ -153,6 +158,7 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
         "distinct": len(set(Table.read(folder / "pool.parquet").column("hash"))),
         "leaks_kept": guard.kept,
         "schemas": {name: {s: dict(found) for s, found in split.items()} for name, split in cleaner.schemas.items()},
+        "notes": {name: dict(notes) for name, notes in cleaner.notes.items()},
         "masks": renderer.masks,
     }
 

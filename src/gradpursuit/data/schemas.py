@@ -4,44 +4,33 @@
 |---|---|
 | messages | `messages`: a list of `{"role", "content"}`, with whatever else the chat template reads |
 | prompt/completion | two strings, or two lists of messages; the messages of the prompt are context |
-| Alpaca | `instruction` and `output`, and perhaps `input` and `system` |
+| Alpaca | `instruction` and `output`, and perhaps `input`, `system` and `history` |
 | ShareGPT | `conversations`: a list of `{"from", "value"}` |
 | text | `text`: plain text, all of it supervised |
 
-A column without a value is as if it were not there. `tools` (a list of JSON schemas, or its JSON text) and, where the
-conversation has none, `system` are used beside any schema of conversations.
+A column without a value is as if it were not there. Beside any schema of conversations are read `tools` (a list of JSON
+schemas, or its JSON text; also OpenAI's `functions`) and, where the conversation has no system turn, `system` (also
+`system_prompt`, `system_message`); beside two texts also `history`, pairs of earlier questions and answers. Other
+columns that may belong to what is said are named in the notes of the conversation.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gradpursuit.config import ColumnName
+from gradpursuit.data.companions import notes, refuse_what_is_no_example, unknown
+from gradpursuit.data.turns import Message, Turns, parsed, text_of
 from gradpursuit.errors import DataError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 SCHEMAS = (
     "'messages', 'prompt' and 'completion', 'instruction' and 'output' (Alpaca), 'conversations' (ShareGPT) or 'text'"
 )
-_SHAREGPT = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-}
-Message = Mapping[str, Any]
+_SYSTEM = ("system", "system_prompt", "system_message")
+_TOOLS = ("tools", "functions")
+_ALSO = {"system": _SYSTEM, "tools": _TOOLS, "history": ("history",)}  # read by name beside the columns of a schema
 
 
 @dataclass(frozen=True)
@@ -76,181 +65,215 @@ class Conversation:
         return [*parts, *self.tools, *unlearned]
 
 
-def recognise(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: str) -> tuple[str, Conversation]:
+def recognise(
+    columns: Mapping[str, Any], renamed: Mapping[ColumnName, str | None], where: str
+) -> tuple[str, Conversation]:
     """The name of the schema of a row, and its conversation.
 
     Args:
         columns: of the row.
-        renamed: our name of a column to the row's name of it; with any column of a schema among them, only those
-            are looked at.
+        renamed: our name of a column to the row's name of it, or to None: not read. With any column of a schema among
+            them, no other column of a schema is looked for by its own name.
         where: the place of the row, for messages.
 
     Raises:
         DataError: there is no known schema, or a column holds something else.
     """
-    view = _view(columns, renamed, where)
+    view = _View(columns, renamed, where)
     for name, (needed, read) in _READERS.items():
         if all(view.get(column) is not None for column in needed):
-            return name, _with_extras(read(view, where), view, where)
-    found = ", ".join(f"'{name}'{'' if value is not None else ' (null)'}" for name, value in columns.items()) or "none"
-    hint = "; name the columns in data.columns, as in {prompt: question, completion: answer}" if columns else ""
-    raise DataError(f"{where}: columns found: {found}; expected {SCHEMAS}{hint}")
+            refuse_what_is_no_example(columns, name, where)
+            found = _with_extras(read(view), view)
+            unread = notes(columns, view.read, view.off, found.messages, found.text)
+            return name, replace(found, notes=(*found.notes, *unread))
+    raise unknown(columns, renamed, SCHEMAS, where)
 
 
-def _view(columns: Mapping[str, Any], renamed: Mapping[ColumnName, str], where: str) -> dict[str, Any]:
-    if not renamed:
-        return dict(columns)
-    for ours, theirs in renamed.items():
-        if theirs not in columns:
-            found = ", ".join(f"'{name}'" for name in columns) or "none"
-            raise DataError(f"{where}: data.columns takes '{ours}' from column '{theirs}'; columns found: {found}")
-    mapped: dict[str, Any] = {ours: columns[theirs] for ours, theirs in renamed.items()}
-    if any(name in renamed for needed, _ in _READERS.values() for name in needed):
-        return {**{name: columns.get(name) for name in ("tools",)}, **mapped}
-    return {**columns, **mapped}
+class _View:
+    """The columns of a row by our names, which remembers those that were read.
+
+    Attributes:
+        where: the place of the row, for messages.
+        read: the row's own names of the columns that were read.
+        off: its names of columns that are left out on purpose.
+    """
+
+    def __init__(self, columns: Mapping[str, Any], renamed: Mapping[ColumnName, str | None], where: str) -> None:
+        self._columns, self.where = columns, where
+        self.read: set[str] = set()
+        self.off: set[str] = {"id"}
+        mapped: dict[str, str] = {ours: theirs for ours, theirs in renamed.items() if theirs is not None}
+        for ours, theirs in mapped.items():
+            if theirs not in columns:
+                found = ", ".join(f"'{name}'" for name in columns) or "none"
+                raise DataError(f"{where}: data.columns takes '{ours}' from column '{theirs}'; columns found: {found}")
+        self._names: dict[str, str] = {name: name for name in columns}
+        if any(name in mapped for name in _OF_A_SCHEMA):
+            self._names = {also: also for names in _ALSO.values() for also in names}
+            self.off.update(_OF_A_SCHEMA, ("chosen", "rejected"))
+        for ours, source in renamed.items():
+            for name in _ALSO.get(ours, (ours,)):
+                self._names.pop(name, None)
+            if source is None:
+                self.off.update(_ALSO.get(ours, (ours,)))
+        self._names.update(mapped)
+        self.off.difference_update(mapped.values())
+
+    def get(self, name: str) -> Any:
+        """The value of a column, None if there is none."""
+        return self._columns.get(self._names[name]) if name in self._names else None
+
+    def take(self, name: str) -> Any:
+        """The same of a column that is read."""
+        if name in self._names:
+            self.read.add(self._names[name])
+        return self.get(name)
+
+    def text(self, name: str) -> str:
+        """The same of a column that holds text.
+
+        Raises:
+            DataError: it does not.
+        """
+        value = self.take(name)
+        if not isinstance(value, str):
+            raise DataError(f"{self.where}: '{name}' is {type(value).__name__}; expected text")
+        return value
 
 
-def _messages(view: Mapping[str, Any], where: str) -> Conversation:
-    return Conversation(_conversation(view["messages"], f"{where}: 'messages'"))
+def _messages(view: _View) -> Conversation:
+    return _said(Turns().extend(view.take("messages"), f"{view.where}: 'messages'"))
 
 
-def _prompt_completion(view: Mapping[str, Any], where: str) -> Conversation:
-    prompt, completion = view["prompt"], view["completion"]
+def _prompt_completion(view: _View) -> Conversation:
+    prompt, completion = view.take("prompt"), view.take("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        return Conversation((_message("user", prompt), _message("assistant", completion)))
+        return _asked(view, prompt, completion)
     if isinstance(prompt, list) and isinstance(completion, list):
-        head = _conversation(prompt, f"{where}: 'prompt'")
-        return Conversation(head + _conversation(completion, f"{where}: 'completion'"), first=len(head))
+        turns = Turns().extend(prompt, f"{view.where}: 'prompt'")
+        first = len(turns.messages)
+        return replace(_said(turns.extend(completion, f"{view.where}: 'completion'")), first=first)
     raise DataError(
-        f"{where}: 'prompt' is {type(prompt).__name__} and 'completion' is {type(completion).__name__}; "
+        f"{view.where}: 'prompt' is {type(prompt).__name__} and 'completion' is {type(completion).__name__}; "
         "expected two strings or two lists of messages"
     )
 
 
-def _alpaca(view: Mapping[str, Any], where: str) -> Conversation:
-    instruction, output = _text(view, "instruction", where), _text(view, "output", where)
-    more = _text(view, "input", where) if view.get("input") is not None else ""
-    asked = f"{instruction}\n\n{more}" if more.strip() else instruction
-    return Conversation((_message("user", asked), _message("assistant", output)))
+def _alpaca(view: _View) -> Conversation:
+    instruction, output = view.text("instruction"), view.text("output")
+    more = view.text("input") if view.get("input") is not None else ""
+    return _asked(view, f"{instruction}\n\n{more}" if more.strip() else instruction, output)
 
 
-def _sharegpt(view: Mapping[str, Any], where: str) -> Conversation:
-    turns = _parsed(view["conversations"])
-    if not isinstance(turns, list) or not turns:
-        raise DataError(
-            f"{where}: 'conversations': expected a list of {{'from', 'value'}} objects, found {turns!r:.80}"
-        )
-    if all(isinstance(turn, dict) and "role" in turn for turn in turns):
-        return Conversation(_conversation(turns, f"{where}: 'conversations'"))
-    messages = []
-    for index, turn in enumerate(turns):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise DataError(
-                f"{where}: 'conversations'[{index}]: expected 'from' and a text 'value', found {turn!r:.80}"
-            )
-        role = _SHAREGPT.get(turn["from"]) if isinstance(turn.get("from"), str) else None
-        if role is None:
-            known = ", ".join(_SHAREGPT)
-            raise DataError(f"{where}: 'conversations'[{index}]: 'from' is {turn.get('from')!r}, not one of {known}")
-        messages.append(_message(role, turn["value"]))
-    return Conversation(tuple(messages))
+def _asked(view: _View, question: str, answer: str) -> Conversation:
+    """A question and its answer, after those of the column `history`."""
+    turns = Turns()
+    history = parsed(view.take("history"))
+    if history not in (None, "", []):
+        where = f"{view.where}: 'history'"
+        if isinstance(history, list) and all(isinstance(turn, dict) for turn in history):
+            turns.extend(history, where)
+        else:
+            for asked, answered in _pairs(history, where):
+                turns.messages += [_message("user", asked), _message("assistant", answered)]
+    turns.messages += [_message("user", question), _message("assistant", answer)]
+    return _said(turns)
 
 
-def _plain(view: Mapping[str, Any], where: str) -> Conversation:
-    return Conversation(text=_text(view, "text", where))
+def _pairs(history: Any, where: str) -> list[list[str]]:
+    if isinstance(history, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
+        for pair in history
+    ):
+        return [list(pair) for pair in history]
+    raise DataError(
+        f"{where}: expected a list of [question, answer] pairs or of messages, found {history!r:.80}; "
+        "data.columns: {history: null} leaves the column out"
+    )
 
 
-_READERS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], Conversation]]] = {
+def _sharegpt(view: _View) -> Conversation:
+    turns = Turns().extend(view.take("conversations"), f"{view.where}: 'conversations'", names="{'from', 'value'}")
+    return _said(turns)
+
+
+def _plain(view: _View) -> Conversation:
+    return Conversation(text=view.text("text"))
+
+
+_READERS: dict[str, tuple[tuple[str, ...], Callable[[_View], Conversation]]] = {
     "messages": (("messages",), _messages),
     "prompt/completion": (("prompt", "completion"), _prompt_completion),
     "Alpaca": (("instruction", "output"), _alpaca),
     "ShareGPT": (("conversations",), _sharegpt),
     "text": (("text",), _plain),
 }
+_OF_A_SCHEMA = frozenset(name for needed, _ in _READERS.values() for name in needed)
 
 
-def _with_extras(found: Conversation, view: Mapping[str, Any], where: str) -> Conversation:
+def _said(turns: Turns) -> Conversation:
+    return Conversation(tuple(turns.messages), untrained=frozenset(turns.untrained), notes=tuple(turns.notes))
+
+
+def _with_extras(found: Conversation, view: _View) -> Conversation:
     if found.text is not None:
         return found
-    if view.get("system") is not None and found.messages[0]["role"] not in ("system", "developer"):
-        system = _text(view, "system", where)
+    return _with_tools(_with_system(found, view), view)
+
+
+def _with_system(found: Conversation, view: _View) -> Conversation:
+    if found.messages[0]["role"] in ("system", "developer"):
+        return found
+    for name in _SYSTEM:
+        value = parsed(view.get(name))
+        if value is None:
+            continue
+        system = text_of(value, f"{view.where}: '{name}'") if isinstance(value, list) else view.text(name)
+        view.take(name)
         if system.strip():
-            head = _message("system", system)
-            found = replace(found, messages=(head, *found.messages), first=found.first + 1 if found.first else 0)
-    tools = _parsed(view.get("tools"))
-    if tools is None or tools == [] or tools == "":
+            return replace(
+                found,
+                messages=(_message("system", system), *found.messages),
+                first=found.first + 1 if found.first else 0,
+                untrained=frozenset(i + 1 for i in found.untrained),
+            )
+    return found
+
+
+def _with_tools(found: Conversation, view: _View) -> Conversation:
+    name = next((name for name in _TOOLS if view.get(name) not in (None, "", [])), "")
+    if not name:
+        return found
+    tools = parsed(view.take(name))
+    tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
+    if tools == []:
         return found
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(f"{where}: 'tools': expected a list of JSON schemas, found {tools!r:.80}")
+        raise DataError(
+            f"{view.where}: '{name}': expected a list of JSON schemas, found {tools!r:.80}; "
+            "data.columns: {tools: null} leaves the column out"
+        )
+    tools = [_tool(tool, name) for tool in tools]
+    names = [str(tool.get("function", tool).get("name", "")) for tool in tools]
+    system = found.messages[0]["content"] if found.messages[0]["role"] in ("system", "developer") else ""
+    if all(called and f'"{called}"' in system.replace("'", '"') for called in names):
+        twice = (
+            f"the tools of column '{name}' stand in the system turn too, so a chat template that renders tools gives "
+            "them twice; data.columns: {tools: null} leaves the column out"
+        )
+        found = replace(found, notes=(*found.notes, twice))
     return replace(found, tools=tuple(tools))
 
 
-def _conversation(value: Any, where: str) -> tuple[Message, ...]:
-    value = _parsed(value)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a list of {{'role', 'content'}} objects, found {value!r:.80}")
-    return tuple(_checked(message, f"{where}[{index}]") for index, message in enumerate(value))
-
-
-def _checked(message: Any, where: str) -> Message:
-    """A message with a known role, text as its content, and no keys without a value."""
-    if not isinstance(message, dict):
-        raise DataError(f"{where}: expected 'role' and a text 'content', found {message!r:.80}")
-    role, calls = message.get("role"), message.get("tool_calls")
-    content = "" if message.get("content") is None and calls else message.get("content")
-    if isinstance(content, list) and content and all(map(_is_text_part, content)):
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise DataError(f"{where}: expected 'role' and a text 'content', found {message!r:.80}")
-    if role not in ROLES:
-        raise DataError(f"{where}: role {role!r} is not one of {', '.join(ROLES)}")
-    made = {name: value for name, value in message.items() if value is not None}
-    made["content"] = content
-    if calls:
-        made["tool_calls"] = [
-            _call(call, f"{where}: 'tool_calls'[{i}]") for i, call in enumerate(_listed(calls, where))
-        ]
-    return made
-
-
-def _is_text_part(part: Any) -> bool:
-    """Whether it is a part of a content that comes as a list, and holds text (not an image, or sound)."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _listed(calls: Any, where: str) -> list[Any]:
-    calls = _parsed(calls)
-    if not isinstance(calls, list):
-        raise DataError(f"{where}: 'tool_calls': expected a list, found {calls!r:.80}")
-    return calls
-
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call with its arguments as an object, as chat templates expect them, not as the text of one."""
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{where}: expected {{'function': {{'name', 'arguments'}}}}, found {call!r:.80}")
-    arguments = _parsed(function.get("arguments"))
-    function = {**function, "arguments": {} if arguments in (None, "") else arguments}
-    return {**call, "function": function} if "function" in call else function
-
-
-def _parsed(value: Any) -> Any:
-    """What JSON text holds, where a table has no better way to hold a list or an object; any other value itself."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
+def _tool(tool: dict[str, Any], column: str) -> dict[str, Any]:
+    """A tool as chat templates expect it, out of OpenAI's earlier form (`functions`) or Anthropic's."""
+    if "input_schema" in tool and "parameters" not in tool:
+        tool = {"parameters" if name == "input_schema" else name: value for name, value in tool.items()}
+        return {"type": "function", "function": tool}
+    if column == "functions" and "function" not in tool:
+        return {"type": "function", "function": tool}
+    return tool
 
 
 def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
-
-
-def _text(view: Mapping[str, Any], name: str, where: str) -> str:
-    value = view[name]
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' is {type(value).__name__}; expected text")
-    return value

@@ -86,7 +86,8 @@ class ChatTemplate:
             rendered = self._plainly(renamed, len(renamed.messages), prompt=False)
         for name, what in names.items():
             if name not in rendered:
-                raise DataError(f"the chat template leaves out {what}")
+                hint = "; data.columns: {tools: null} leaves the column out" if what.startswith("tools") else ""
+                raise DataError(f"the chat template leaves out {what}{hint}")
 
     def _by_marks(self, conversation: Conversation, turns: Sequence[int]) -> tuple[str, list[Span]]:
         text, spans = self._with_marks(conversation, len(conversation.messages), prompt=False)

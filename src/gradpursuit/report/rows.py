@@ -96,5 +96,8 @@ def _lines(found: Inspection) -> Iterator[str]:
     yield f"leakage: {removed} pool rows hold target text and are removed, {found.leaks_kept} are kept"
     for leak in found.leaks:
         yield f"  {leak['place']}: {leak['id']} holds {_share(leak)}{leak['leaks']}"
+    for split, notes in found.notes.items():
+        for note, rows in notes.items():
+            yield f"note: {split}: {note} ({rows} rows)"
     if not found.dropped:
         yield "no row is left out"

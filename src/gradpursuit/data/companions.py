@@ -1,0 +1,205 @@
+"""Columns beside those that a schema reads: what is refused because of them, and what is noted.
+
+A column that may belong to what is said (a system prompt, reasoning, documents) and is not read must not be lost in
+silence: it is named, by a note of the conversation, which `inspect` and the run's log show. Columns that make a row
+something else than an example to learn (one message of a tree, an answer that is marked as bad, a pair of which one is
+rejected) refuse it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from gradpursuit.data.turns import Message, parsed
+from gradpursuit.errors import DataError
+
+_SPOKEN = re.compile(
+    r"(?:^|_)(?:histor(?:y|ies)|system|sys|contexts?|background|documents?|docs|passages?|paragraphs?|evidences?|"
+    r"knowledge|reason(?:ing|s)?|think(?:ing)?|thoughts?|rationales?|explanations?|cot|chain_of_thought|scratchpad|"
+    r"trace|persona|functions?|tools?|images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|"
+    r"completion|output|instructions?|response|answer|dialog(?:ue)?|turns)(?:_|$)|_?(?:images?|audios?|videos?)$"
+)
+_OF_THE_MASK = ("weight", "train", "loss_mask", "mask", "loss_weight", "masked")
+_VALUED = ("reward", "rewards", "score", "scores", "rating", "is_correct", "correct", "label", *_OF_THE_MASK)
+_NAMES = ("id", "ids", "name", "names", "type", "types", "tokens", "length", "len", "count", "num", "lang", "language")
+_AUTHOR = ("role", "from", "speaker", "sender")
+_ONE_OF_A_TREE = ("parent_id", "message_tree_id", "parent_message_id")
+_TURN_MARKS = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?:user|assistant|system)\|>|\[/?INST\]|<｜(?:User|Assistant)｜>|"
+    r"^###? ?(?:Instruction|Human|User|Assistant|Response)\b|^(?:Human|Assistant|USER|ASSISTANT|User): ?",
+    re.MULTILINE,
+)
+_TALKS = ("chat", "chosen", "data", "dialogue", "dialog", "turns", "conversation", "utterances")
+_ASKED = ("prompt", "question", "query", "instruction", "inputs", "input", "problem", "inputs_pretokenized", "human")
+_ANSWERED = (
+    "completion", "response", "answer", "answers", "output", "outputs", "targets", "target", "solution",
+    "targets_pretokenized", "generation", "reply", "chosen", "gpt",
+)  # fmt: skip
+
+
+def refuse_what_is_no_example(columns: Mapping[str, Any], schema: str, where: str) -> None:
+    """Refuse a row of a schema that its other columns say is no example to learn.
+
+    Raises:
+        DataError: with what to do.
+    """
+    if schema == "text":
+        _refuse_one_message(columns, where)
+    if columns.get("label") is False and ("prompt" in columns or "messages" in columns or "conversations" in columns):
+        raise DataError(
+            f"{where}: 'label' is false: the answer is an example of a bad one (as in KTO data), not one to "
+            "learn; remove such rows"
+        )
+
+
+def unknown(columns: Mapping[str, Any], renamed: Mapping[Any, str | None], schemas: str, where: str) -> DataError:
+    """Why the columns of a row are no known schema, and what to do."""
+    listed = ", ".join(f"'{name}'{'' if value is not None else ' (null)'}" for name, value in columns.items()) or "none"
+    found = f"{where}: columns found: {listed}; expected {schemas}"
+    if not columns:
+        return DataError(found)
+    if any(columns.get(name) is not None for name in ("content", "text", "value", "message")):
+        try:
+            _refuse_one_message(columns, where)
+        except DataError as error:
+            return error
+    mapped = {ours: theirs for ours, theirs in renamed.items() if theirs is not None and ours != "id"}
+    if not mapped:
+        return DataError(f"{found}{_advice(columns)}")
+    return DataError(
+        f"{found}; data.columns maps {_as_mapping(mapped)}, and with one column of a schema mapped no other is looked "
+        f"for by its own name: map all of them, as in {_as_mapping(_completed(mapped, columns))}"
+    )
+
+
+def notes(
+    columns: Mapping[str, Any],
+    read: Collection[str],
+    off: Collection[str],
+    said: Sequence[Message],
+    text: str | None,
+) -> Iterator[str]:
+    """What the columns hold that is not read, one sentence each.
+
+    Args:
+        columns: of the row.
+        read: names of those that were read.
+        off: names that `data.columns` switches off.
+        said: messages that were made of the row.
+        text: its plain text.
+    """
+    spoken = "\n".join([text or "", *(str(value) for message in said for value in message.values())])
+    for name, value in columns.items():
+        if name in read or name in off:
+            continue
+        lowered = name.lower()
+        if (
+            lowered in _VALUED
+            and not (lowered == "label" and text is not None)
+            and not isinstance(value, str)
+            and value is not None
+            and value != []
+        ):
+            what = "is to say what is learned" if lowered in _OF_THE_MASK else "is a judgement of the row"
+            yield f"column '{name}' is not read (by its name it {what})"
+        elif _is_spoken(lowered) and any(part not in spoken for part in _texts(value)):
+            yield f"column '{name}' holds text and is not read{_advice_on(lowered)}"
+    if text is not None and _TURN_MARKS.search(text):
+        yield (
+            "'text' holds marks of chat turns and is read as plain text, all of it supervised, also what the user "
+            "says; for answers alone make it a 'messages' column"
+        )
+
+
+def _refuse_one_message(columns: Mapping[str, Any], where: str) -> None:
+    author = next((name for name in _AUTHOR if isinstance(columns.get(name), str)), None)
+    tree = next((name for name in _ONE_OF_A_TREE if name in columns), None)
+    if author is None and tree is None:
+        return
+    named = ", ".join(f"'{name}'" for name in (author, tree) if name is not None)
+    kind = "a tree" if tree else "a conversation"
+    how = "each from its root down to an answer, " if tree else ""
+    raise DataError(
+        f"{where}: {named} say{'' if author and tree else 's'} that the row is one message of {kind}; join the "
+        f"messages to conversations first, {how}as a column messages: [{{role: user, content: ...}}, {{role: assistant, ...}}]"
+    )
+
+
+def _is_spoken(name: str) -> bool:
+    """Whether a column of this name may belong to what is said."""
+    return bool(_SPOKEN.search(name)) and name.rpartition("_")[2] not in _NAMES
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a value that says something."""
+    value = parsed(value)
+    if isinstance(value, str):
+        if value.strip():
+            yield value.strip()
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _texts(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, bytes) and value:
+        yield repr(value)
+
+
+def _advice_on(name: str) -> str:
+    if name.startswith("sys") or "_system" in name:
+        return f"; data.columns: {{system: {name}}} reads it beside the columns of a schema"
+    return "; put it into the conversation if it belongs there"
+
+
+def _advice(columns: Mapping[str, Any]) -> str:
+    """How the columns could be mapped."""
+    if columns.get("chosen") is not None and columns.get("rejected") is not None:
+        whole = isinstance(columns["chosen"], list) and not isinstance(columns.get("prompt"), list)
+        if whole or "prompt" in columns:
+            chosen = {"messages": "chosen"} if whole else {"prompt": "prompt", "completion": "chosen"}
+            advice = "these are pairs of answers: to learn the chosen one alone, data.columns"
+            return f"; {advice}: {_as_mapping(chosen)}"
+    for name, value in columns.items():
+        turns = parsed(value)
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, Mapping) and _is_turn(first):
+            return f"; '{name}' holds turns: data.columns: {_as_mapping({'messages': name})}"
+        if name in _TALKS and isinstance(first, str):
+            return f"; '{name}' is a list of texts: make it a column messages, {{role, content}} each"
+        if isinstance(value, str) and name in _TALKS:
+            return (
+                f"; '{name}' is one text{' with marks of turns' if _TURN_MARKS.search(value) else ''}: split it into a "
+                "column messages, {role, content} each"
+            )
+    asked, answered = _first(_ASKED, columns), _first(_ANSWERED, columns)
+    mapping = {"prompt": asked or "question", "completion": answered or "answer"}
+    if asked and answered and "system_prompt" not in columns and columns.get("context") and asked == "instruction":
+        mapping = {"instruction": asked, "input": "context", "output": answered}
+    empty = next((name for name in (asked, answered) if name and columns.get(name) is None), None)
+    if empty:
+        return f"; '{empty}' is null, so the row lacks a part: remove the row, or fill it"
+    return f"; name the columns in data.columns, as in {_as_mapping(mapping)}"
+
+
+def _completed(mapped: Mapping[Any, str], columns: Mapping[str, Any]) -> dict[str, str]:
+    """The mapping of the user, with the columns that its schema lacks."""
+    needed = ("instruction", "output") if {"instruction", "input", "output"} & set(mapped) else ("prompt", "completion")
+    if {"messages", "conversations", "text"} & set(mapped):
+        return dict(mapped)
+    guess = {needed[0]: _first(_ASKED, columns) or "question", needed[1]: _first(_ANSWERED, columns) or "answer"}
+    return {**{ours: theirs for ours, theirs in guess.items() if ours not in mapped}, **mapped}
+
+
+def _is_turn(value: Mapping[str, Any]) -> bool:
+    return bool({"role", "from"} & set(value)) and bool({"content", "value"} & set(value))
+
+
+def _first(names: Iterable[str], columns: Mapping[str, Any]) -> str | None:
+    return next((name for name in names if name in columns), None)
+
+
+def _as_mapping(mapping: Mapping[Any, str]) -> str:
+    return "{" + ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items()) + "}"

@@ -1,0 +1,276 @@
+"""The turns of a conversation, in whatever form a row holds them, as messages that chat templates read.
+
+| form | becomes |
+|---|---|
+| `role` and `content`; ShareGPT's `from` and `value`, and its names of roles | a message |
+| content in parts: `text`, `thinking`, `tool_use`, `tool_result` | text, `reasoning_content`, `tool_calls`, tool turns |
+| OpenAI's `function_call`, and its role `function` | `tool_calls`, and role `tool` |
+| turns `function_call` and `observation` (LLaMA-Factory) | an assistant turn with `tool_calls`, and a tool turn |
+| `weight`, `train`, `loss`, ... | :attr:`Turns.untrained` |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gradpursuit.errors import DataError
+
+Message = Mapping[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_CALLS = ("function_call", "tool_call", "function-call", "tool-call")  # names of a turn that is one or more calls
+_ROLES = {
+    "system": "system",
+    **dict.fromkeys(("human", "prompter"), "user"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatgpt", "bing", "bard", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool_result", "function"), "tool"),
+    **dict.fromkeys(_CALLS, "assistant"),
+    **{role: role for role in ROLES},
+}
+# 1 or true: the turn is learned. 0 or false: it is context.
+_TRAIN = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised")
+_MASKED = ("masked", "is_masked", "ignore_loss", "mask_loss")  # the other way round
+_UNCLEAR = ("mask", "ignore")  # means either, depending on the library
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_READ = frozenset(("tool_calls", "tool_call_id", *_THOUGHTS))
+_SPOKEN_ELSEWHERE = ("refusal", "audio", "images", "image", "videos", "video", "audios", "files", "attachments")
+
+
+@dataclass
+class Turns:
+    """Messages, as they are collected.
+
+    Attributes:
+        messages: `{"role", "content", ...}` each.
+        untrained: positions of assistant messages that the row excludes from supervision.
+        notes: what is not read, one sentence each.
+    """
+
+    messages: list[Message] = field(default_factory=list)
+    untrained: set[int] = field(default_factory=set)
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def extend(self, value: Any, where: str, *, names: str = "{'role', 'content'}") -> Turns:
+        """Add the turns of a list, or of its JSON text.
+
+        Raises:
+            DataError: it is no list of turns, or a turn cannot be read without losing a part of it.
+        """
+        value = parsed(value)
+        if not isinstance(value, list) or not value:
+            raise DataError(f"{where}: expected a list of {names} objects, found {value!r:.80}")
+        for index, turn in enumerate(value):
+            self._add(parsed(turn), f"{where}[{index}]", names)
+        return self
+
+    def _add(self, turn: Any, where: str, names: str) -> None:
+        if not isinstance(turn, dict):
+            wanted = "'from' and a text 'value'" if "from" in names else "'role' and a text 'content'"
+            raise DataError(f"{where}: expected {wanted}, found {turn!r:.80}")
+        shared = "from" in turn and "role" not in turn
+        said, text = ("from", "value") if shared else ("role", "content")
+        if text not in turn and not shared and "value" in turn:
+            text = "value"
+        elif text not in turn and shared and "content" in turn:
+            text = "content"
+        role, content = turn.get(said), turn.get(text)
+        known = _ROLES.get(role) if isinstance(role, str) else None
+        if known is None:
+            wanted = ", ".join(_ROLES if shared else ROLES)
+            kind = "'from' is" if shared else "role"
+            none = "" if said in turn else f" (keys found: {', '.join(map(repr, turn)) or 'none'})"
+            raise DataError(f"{where}: {kind} {role!r}{none}{',' if shared else ' is'} not one of {wanted}")
+        rest = {name: value for name, value in turn.items() if value is not None and name not in (said, text)}
+        learned = self._learned(rest, known, where)
+        before = len(self.messages)
+        if role in _CALLS:
+            rest["tool_calls"] = _calls_of_text(content, where, str(role))
+            content = None
+        self._put(known, content, rest, where, f"'{said}' and a text '{text}'", turn)
+        if not learned:
+            self.untrained.update(i for i in range(before, len(self.messages)) if self._is_answer(i))
+
+    def _is_answer(self, index: int) -> bool:
+        return bool(self.messages[index]["role"] == "assistant")
+
+    def _learned(self, rest: dict[str, Any], role: str, where: str) -> bool:
+        """Whether the turn is to be learned; takes the keys that say so out of `rest`."""
+        said: dict[str, bool] = {}
+        for name in (*_TRAIN, *_MASKED):
+            if name in rest:
+                value = rest.pop(name)
+                if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                    raise DataError(
+                        f"{where}: '{name}' is {value!r:.80}; a turn is learned whole (1 or true) or not at all (0 or "
+                        "false); remove the key, or round it"
+                    )
+                said[name] = bool(value) != (name in _MASKED)
+        for name in _UNCLEAR:
+            if name in rest:
+                raise DataError(
+                    f"{where}: '{name}' means 'learned' to some libraries and 'not learned' to others; rename it: "
+                    "train: true for turns to learn, train: false for others"
+                )
+        if detail := rest.pop("train_detail", None):
+            raise DataError(
+                f"{where}: 'train_detail' ({detail!r:.60}) trains parts of a turn, which is not supported; split the "
+                "turn, or use train: true or false"
+            )
+        if len(set(said.values())) > 1:
+            raise DataError(f"{where}: {', '.join(map(repr, said))} contradict each other; keep one of them")
+        learned = all(said.values())
+        if said and learned and role != "assistant":
+            self.notes[f"{next(iter(said))!r} asks to learn a {role} turn; only assistant turns are learned"] = None
+        return learned
+
+    def _put(self, role: str, content: Any, rest: dict[str, Any], where: str, wanted: str, turn: Any) -> None:
+        """Add a message, or several: results of tools within a user turn are messages of their own."""
+        self._refuse_spoken_elsewhere(rest, where)
+        if isinstance(content, list):
+            content = self._parts(role, content, rest, where)
+            if content is None:
+                self._note_unread(role, rest)
+                return
+        if "function_call" in rest:
+            if rest.get("tool_calls"):
+                raise DataError(f"{where}: has both 'function_call' and 'tool_calls'; keep 'tool_calls'")
+            rest["tool_calls"] = [{"type": "function", "function": parsed(rest.pop("function_call"))}]
+        calls = parsed(rest.get("tool_calls"))
+        if content is None and (calls or any(map(rest.get, _THOUGHTS))):
+            content = ""
+        if not isinstance(content, str):
+            raise DataError(f"{where}: expected {wanted}, found {turn!r:.80}")
+        if role != "assistant" and calls:
+            raise DataError(f"{where}: a {role} turn has 'tool_calls'; only the assistant calls tools")
+        if calls is not None and not isinstance(calls, list):
+            raise DataError(f"{where}: 'tool_calls': expected a list, found {calls!r:.80}")
+        if "tool_calls" in rest and calls is not None:
+            rest["tool_calls"] = [_call(call, f"{where}: 'tool_calls'[{i}]") for i, call in enumerate(calls)]
+        self._note_unread(role, rest)
+        self.messages.append({"role": role, "content": content, **rest})
+
+    def _note_unread(self, role: str, rest: Mapping[str, Any]) -> None:
+        for name, value in rest.items():
+            named = name == "name" and role == "tool"
+            if name not in _READ and not named and value not in ("", [], {}):
+                self.notes[f"key '{name}' of a turn is passed to the chat template and not read otherwise"] = None
+
+    @staticmethod
+    def _refuse_spoken_elsewhere(rest: dict[str, Any], where: str) -> None:
+        for name in _SPOKEN_ELSEWHERE:
+            if rest.get(name):
+                fix = "move its text to the content" if name == "refusal" else "only text is read: remove the row"
+                raise DataError(f"{where}: '{name}' holds a part of what is said, {rest[name]!r:.60}; {fix}")
+            rest.pop(name, None)
+
+    def _parts(self, role: str, parts: list[Any], rest: dict[str, Any], where: str) -> str | None:
+        """The text of a content in parts, whose calls and thoughts go to `rest`; None if nothing but results is left.
+
+        Raises:
+            DataError: a part is neither of these, or in an order that no message has.
+        """
+        text: list[str] = []
+        calls: list[dict[str, Any]] = []
+        thoughts: list[str] = []
+        results = 0
+        for number, part in enumerate(parts):
+            place = f"{where}: part {number + 1} of the content"
+            part = {"type": "text", "text": part} if isinstance(part, str) else part
+            if not isinstance(part, dict):
+                raise DataError(f"{place}: expected an object with a 'type', found {part!r:.80}")
+            kind = part.get("type", "text" if "text" in part else None)
+            if kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+                if calls and part["text"].strip():
+                    raise DataError(f"{place}: text after a 'tool_use'; a message says its text before its calls")
+                text.append(part["text"])
+            elif kind in ("thinking", "reasoning") and role == "assistant":
+                if calls or any(map(str.strip, text)):
+                    raise DataError(f"{place}: '{kind}' after text or a call; a message thinks before it speaks")
+                thoughts.append(text_of(part.get("thinking", part.get("reasoning", part.get("text"))), place))
+            elif kind == "tool_use" and role == "assistant":
+                function = {"name": part.get("name"), "arguments": part.get("input")}
+                calls.append({"id": part.get("id"), "type": "function", "function": function})
+            elif kind == "tool_result" and role in ("user", "tool"):
+                if any(map(str.strip, text)):
+                    raise DataError(f"{place}: a 'tool_result' after text; put results first, or in turns of their own")
+                self._result(part, place)
+                results += 1
+            else:
+                raise DataError(f"{place} is of type {kind!r}; only text, thinking, tool_use and tool_result are read")
+            self._note_rest_of(part)
+        if calls:
+            rest["tool_calls"] = [*(parsed(rest.get("tool_calls")) or []), *calls]
+        if thoughts:
+            if rest.get("reasoning_content"):
+                raise DataError(f"{where}: has 'reasoning_content' beside parts of the type thinking; keep one of them")
+            rest["reasoning_content"] = "".join(thoughts)
+        said = "".join(text)
+        if not parts and not rest.get("tool_calls"):
+            raise DataError(f"{where}: the content is an empty list; expected a text or a list of parts")
+        return None if results and not said.strip() else said
+
+    def _result(self, part: Mapping[str, Any], where: str) -> None:
+        content = part.get("content")
+        message = {"role": "tool", "content": text_of("" if content is None else content, where)}
+        if part.get("tool_use_id") is not None:
+            message["tool_call_id"] = part["tool_use_id"]
+        self.messages.append(message)
+
+    def _note_rest_of(self, part: Mapping[str, Any]) -> None:
+        read = ("type", *_TEXT_PARTS, "thinking", "reasoning", "id", "name", "input", "tool_use_id", "content")
+        for name, value in part.items():
+            if name not in read and value not in (None, "", [], {}, False):
+                self.notes[f"key '{name}' of a part of a content is not read"] = None
+
+
+def parsed(value: Any) -> Any:
+    """What JSON text holds, where a table has no better way to hold a list or an object; any other value itself."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def text_of(value: Any, where: str) -> str:
+    """A text, or the text of a list of text parts.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        return "".join(part["text"] for part in value)
+    raise DataError(f"{where}: expected text, found {value!r:.80}")
+
+
+def _calls_of_text(content: Any, where: str, role: str) -> list[Any]:
+    """The calls of a turn that holds nothing else: JSON of one or of several."""
+    found = parsed(content)
+    calls: Sequence[Any] = found if isinstance(found, list) else [found]
+    if not calls or not all(isinstance(call, dict) for call in calls):
+        raise DataError(
+            f"{where}: a turn of '{role}' holds the JSON of a call, {{'name', 'arguments'}}, or a list of them; "
+            f"found {content!r:.80}"
+        )
+    return [call if "function" in call else {"type": "function", "function": call} for call in calls]
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call with its arguments as an object, as chat templates expect them, not as the text of one."""
+    call = parsed(call)
+    function = parsed(call.get("function", call)) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{where}: expected {{'function': {{'name', 'arguments'}}}}, found {call!r:.80}")
+    if "arguments" not in function and "parameters" in function:  # as Llama 3 writes a call
+        function = {"name": function["name"], "arguments": function["parameters"]}
+    arguments = parsed(function.get("arguments"))
+    function = {**function, "arguments": {} if arguments in (None, "") else arguments}
+    if "function" not in call:
+        return function
+    return {**{name: value for name, value in call.items() if value is not None}, "function": function}
