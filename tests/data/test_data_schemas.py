@@ -34,7 +34,7 @@ def refused(columns: dict[str, Any], **renamed: str) -> str:
         ("messages", {"messages": list(QA), "prompt": None, "text": "other"}),
         ("prompt/completion", {"prompt": "q", "completion": "a"}),
         ("messages", {"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}]}, QA[1]]}),
-        ("prompt/completion", {"prompt": "q", "completion": "a", "messages": None, "instruction": "x"}),
+        ("prompt/completion", {"prompt": "q", "completion": "a", "messages": None, "instruction": "q"}),
         ("Alpaca", {"instruction": "q", "output": "a"}),
         ("Alpaca", {"instruction": "q", "input": "", "output": "a", "text": "### Instruction: q"}),
         ("Alpaca", {"instruction": "q", "input": None, "output": "a"}),
@@ -119,3 +119,142 @@ def test_columns_by_other_names() -> None:
 )
 def test_other_rows_are_refused(columns: dict[str, Any], part: str) -> None:
     assert part in refused(columns)
+
+
+def notes(columns: dict[str, Any], **renamed: str | None) -> tuple[str, ...]:
+    return recognise(columns, renamed, "file:7")[1].notes  # type: ignore[arg-type]
+
+
+def test_history_becomes_earlier_turns() -> None:
+    turns = tuple({"role": role, "content": text} for role, text in (("user", "h"), ("assistant", "i")))
+    pairs: Any = [["h", "i"]]
+    for history in (pairs, json.dumps(pairs), list(turns)):
+        row = {"instruction": "q", "input": "", "output": "a", "system": "s", "history": history}
+        assert found(row) == ("Alpaca", Conversation((SYSTEM, *turns, *QA)))
+    assert found({"prompt": "q", "completion": "a", "history": pairs})[1].messages == (*turns, *QA)
+    assert (
+        found({"q": "q", "r": "a", "past": pairs}, instruction="q", output="r", history="past")[1].messages[:2] == turns
+    )
+    assert found({"instruction": "q", "output": "a", "history": []})[1].messages == QA
+    assert "expected a list of [question, answer] pairs" in refused(
+        {"instruction": "q", "output": "a", "history": [["h"]]}
+    )
+    (note,) = notes({"messages": list(QA), "history": pairs})
+    assert "column 'history' holds text and is not read" in note
+
+
+@pytest.mark.parametrize("name", ["system_prompt", "system_message"])
+def test_other_names_of_the_system_turn(name: str) -> None:
+    assert found({"messages": list(QA), name: "s"})[1] == Conversation((SYSTEM, *QA))
+    mapped = found({"question": "q", "response": "a", name: "s"}, prompt="question", completion="response")
+    assert mapped[1] == Conversation((SYSTEM, *QA))
+    (note,) = notes({"messages": [SYSTEM, *QA], name: "other"})
+    assert note == f"column '{name}' holds text and is not read: the conversation has a system turn already"
+    assert notes({"messages": [SYSTEM, *QA], name: "s"}) == ()
+    assert recognise({"messages": list(QA), name: "s"}, {"system": None}, "file:7")[1] == Conversation(QA)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "context",
+        "reasoning",
+        "reasoning_content",
+        "thinking",
+        "thinking_trajectories",
+        "documents",
+        "Context",
+        "images",
+    ],
+)
+def test_columns_that_hold_text_and_are_not_read_are_named(name: str) -> None:
+    row = {"prompt": "q", "completion": "a", name: [{"title": "more"}], "source": "web", "category": "x"}
+    (note,) = notes(row)
+    assert note.startswith(f"column '{name}' holds text and is not read")
+    assert notes({"question": "q", "r": "a", name: "x y"}, prompt="question", completion="r")[0] == note
+    assert notes({**row, name: None}) == notes({**row, name: " "}) == notes({**row, name: 5}) == ()
+    assert notes({**row, name: "q"}) == ()  # what the conversation says already
+
+
+def test_judgements_are_named() -> None:
+    row = {"prompt": "q", "completion": "a"}
+    assert "column 'reward' is not read" in notes({**row, "reward": 0.5})[0]
+    assert "column 'loss_mask' is not read (by its name it is to say what is learned)" in notes(
+        {**row, "loss_mask": [0, 1]}
+    )
+    assert "'label' is false: the answer is an example of a bad one" in refused({**row, "label": False})
+    assert found({**row, "label": True})[1].messages == QA
+
+
+def test_a_column_is_switched_off() -> None:
+    row = {"messages": list(QA), "tools": [{"name": "f"}], "id": "1"}
+    assert recognise(row, {"tools": None}, "file:7") == ("messages", Conversation(QA))
+    both = {"messages": list(QA), "prompt": "other", "completion": "one"}
+    assert recognise(both, {"messages": None}, "file:7")[0] == "prompt/completion"
+    alpaca = {"instruction": "q", "input": "more", "output": "a"}
+    assert recognise(alpaca, {"input": None}, "file:7") == ("Alpaca", Conversation(QA))
+
+
+def test_tools_that_the_system_turn_repeats_are_named() -> None:
+    system = {"role": "system", "content": 'Tools: <tools> [{"name": "f"}] </tools>'}
+    (note,) = notes({"messages": [system, *QA], "tools": '[{"name": "f"}]'})
+    assert "data.columns: {tools: null} leaves the column out" in note
+    assert notes({"messages": [SYSTEM, *QA], "tools": '[{"name": "f"}]'}) == ()
+
+
+def test_forms_of_tools() -> None:
+    function = {"name": "f", "parameters": {"type": "object"}}
+    wrapped = {"type": "function", "function": function}
+    assert found({"messages": list(QA), "functions": [function]})[1].tools == (wrapped,)
+    assert found({"messages": list(QA), "tools": [{"name": "f", "input_schema": {"type": "object"}}]})[1].tools == (
+        wrapped,
+    )
+    assert found({"messages": list(QA), "tools": [function]})[1].tools == (function,)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "t", "role": "prompter", "message_id": "1", "parent_id": None, "message_tree_id": "1"},
+        {"text": "t", "role": "user"},
+        {"text": "t", "speaker": "A"},
+        {"text": "t", "parent_id": "x"},
+        {"content": "t", "role": "user", "conversation_id": 1},
+        {"value": "t", "from": "human"},
+    ],
+)
+def test_single_messages_are_no_plain_text(row: dict[str, Any]) -> None:
+    message = refused(row)
+    assert "the row is one message of" in message
+    assert "join the messages to conversations first" in message
+
+
+def test_text_with_marks_of_turns_is_named() -> None:
+    for text in ("<|im_start|>user\nx", "\n\nHuman: x\n\nAssistant: y", "<s>[INST] x [/INST] y", "### Instruction:\nx"):
+        (note,) = notes({"text": text})
+        assert "marks of chat turns" in note
+    assert notes({"text": "A human assistant: once upon a time."}) == ()
+
+
+@pytest.mark.parametrize(
+    ("columns", "renamed", "advice"),
+    [
+        ({"instruction": "q", "response": "a", "context": "c"}, {"output": "response"}, "no other is looked for"),
+        (
+            {"instruction": "q", "response": "a", "context": "c"},
+            {"output": "response"},
+            "{instruction: instruction, input: context, output: response}",
+        ),
+        ({"instruction": "q", "output": None}, {}, "'output' is null, so the row lacks a part"),
+        ({"conversation": [QA[0]]}, {}, "'conversation' holds turns: data.columns: {messages: conversation}"),
+        ({"data": ["a", "b"]}, {}, "'data' is a list of texts: make it a column messages"),
+        ({"system": "s", "chat": "USER: a\n\nASSISTANT: b"}, {}, "'chat' is one text with marks of turns"),
+        ({"query": "q", "answers": "a"}, {}, "{prompt: query, completion: answers}"),
+        ({"inputs": "q", "targets": "a"}, {}, "{prompt: inputs, completion: targets}"),
+        ({"prompt": "x", "chosen": "a", "rejected": "b"}, {}, "data.columns: {prompt: prompt, completion: chosen}"),
+        ({"prompt": "x", "chosen": list(QA), "rejected": list(QA)}, {}, "data.columns: {messages: chosen}"),
+        ({"chosen": "\n\nHuman: a", "rejected": "b"}, {}, "'chosen' is one text with marks of turns"),
+    ],
+)
+def test_advice_can_be_followed(columns: dict[str, Any], renamed: dict[str, str], advice: str) -> None:
+    assert advice in refused(columns, **renamed)

@@ -105,7 +105,7 @@ def notes(
             what = "is to say what is learned" if lowered in _OF_THE_MASK else "is a judgement of the row"
             yield f"column '{name}' is not read (by its name it {what})"
         elif _is_spoken(lowered) and any(part not in spoken for part in _texts(value)):
-            yield f"column '{name}' holds text and is not read{_advice_on(lowered)}"
+            yield f"column '{name}' holds text and is not read{_advice_on(name, said)}"
     if text is not None and _TURN_MARKS.search(text):
         yield (
             "'text' holds marks of chat turns and is read as plain text, all of it supervised, also what the user "
@@ -123,7 +123,8 @@ def _refuse_one_message(columns: Mapping[str, Any], where: str) -> None:
     how = "each from its root down to an answer, " if tree else ""
     raise DataError(
         f"{where}: {named} say{'' if author and tree else 's'} that the row is one message of {kind}; join the "
-        f"messages to conversations first, {how}as a column messages: [{{role: user, content: ...}}, {{role: assistant, ...}}]"
+        f"messages to conversations first, {how}as a column messages: [{{role: user, content: ...}}, {{role: "
+        "assistant, content: ...}]"
     )
 
 
@@ -134,24 +135,27 @@ def _is_spoken(name: str) -> bool:
 
 def _texts(value: Any) -> Iterator[str]:
     """Every text in a value that says something."""
-    value = parsed(value)
-    if isinstance(value, str):
-        if value.strip():
-            yield value.strip()
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _texts(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, bytes) and value:
-        yield repr(value)
+    waiting = [value]
+    while waiting:
+        item = parsed(waiting.pop())
+        if isinstance(item, Mapping):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, bytes) and item:
+            yield repr(item)
+        elif isinstance(item, str) and item.strip():
+            yield item.strip()
 
 
-def _advice_on(name: str) -> str:
-    if name.startswith("sys") or "_system" in name:
-        return f"; data.columns: {{system: {name}}} reads it beside the columns of a schema"
-    return "; put it into the conversation if it belongs there"
+def _advice_on(name: str, said: Sequence[Message]) -> str:
+    if not name.lower().startswith("sys"):
+        return "; put it into the conversation if it belongs there"
+    if not said:
+        return ": plain text has no system turn"
+    if said[0]["role"] in ("system", "developer"):
+        return ": the conversation has a system turn already"
+    return f"; data.columns: {{system: {name}}} reads it"
 
 
 def _advice(columns: Mapping[str, Any]) -> str:
@@ -162,21 +166,20 @@ def _advice(columns: Mapping[str, Any]) -> str:
             chosen = {"messages": "chosen"} if whole else {"prompt": "prompt", "completion": "chosen"}
             advice = "these are pairs of answers: to learn the chosen one alone, data.columns"
             return f"; {advice}: {_as_mapping(chosen)}"
-    for name, value in columns.items():
-        turns = parsed(value)
-        first = turns[0] if isinstance(turns, list) and turns else None
-        if isinstance(first, Mapping) and _is_turn(first):
-            return f"; '{name}' holds turns: data.columns: {_as_mapping({'messages': name})}"
-        if name in _TALKS and isinstance(first, str):
-            return f"; '{name}' is a list of texts: make it a column messages, {{role, content}} each"
-        if isinstance(value, str) and name in _TALKS:
-            return (
-                f"; '{name}' is one text{' with marks of turns' if _TURN_MARKS.search(value) else ''}: split it into a "
-                "column messages, {role, content} each"
-            )
+    firsts = {
+        name: next(iter(found), None) for name, value in columns.items() if isinstance(found := parsed(value), list)
+    }
+    talks = [name for name, first in firsts.items() if isinstance(first, Mapping) and _is_turn(first)]
+    if len(talks) == 1:
+        return f"; '{talks[0]}' holds turns: data.columns: {_as_mapping({'messages': talks[0]})}"
+    if strings := [name for name, first in firsts.items() if name in _TALKS and isinstance(first, str)]:
+        return f"; '{strings[0]}' is a list of texts: make it a column messages, {{role, content}} each"
+    if texts := [name for name in _TALKS if isinstance(columns.get(name), str)]:
+        marks = " with marks of turns" if _TURN_MARKS.search(columns[texts[0]]) else ""
+        return f"; '{texts[0]}' is one text{marks}: split it into a column messages, {{role, content}} each"
     asked, answered = _first(_ASKED, columns), _first(_ANSWERED, columns)
     mapping = {"prompt": asked or "question", "completion": answered or "answer"}
-    if asked and answered and "system_prompt" not in columns and columns.get("context") and asked == "instruction":
+    if asked == "instruction" and answered and columns.get("context"):
         mapping = {"instruction": asked, "input": "context", "output": answered}
     empty = next((name for name in (asked, answered) if name and columns.get(name) is None), None)
     if empty:
@@ -190,6 +193,8 @@ def _completed(mapped: Mapping[Any, str], columns: Mapping[str, Any]) -> dict[st
     if {"messages", "conversations", "text"} & set(mapped):
         return dict(mapped)
     guess = {needed[0]: _first(_ASKED, columns) or "question", needed[1]: _first(_ANSWERED, columns) or "answer"}
+    if needed[0] == "instruction" and "context" in columns:
+        guess["input"] = "context"
     return {**{ours: theirs for ours, theirs in guess.items() if ours not in mapped}, **mapped}
 
 

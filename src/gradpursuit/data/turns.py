@@ -3,7 +3,7 @@
 | form | becomes |
 |---|---|
 | `role` and `content`; ShareGPT's `from` and `value`, and its names of roles | a message |
-| content in parts: `text`, `thinking`, `tool_use`, `tool_result` | text, `reasoning_content`, `tool_calls`, tool turns |
+| content in parts: `text`, `thinking`, `tool_use`, `tool_result` | text, `reasoning_content`, calls, tool turns |
 | OpenAI's `function_call`, and its role `function` | `tool_calls`, and role `tool` |
 | turns `function_call` and `observation` (LLaMA-Factory) | an assistant turn with `tool_calls`, and a tool turn |
 | `weight`, `train`, `loss`, ... | :attr:`Turns.untrained` |

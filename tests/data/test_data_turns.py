@@ -1,0 +1,179 @@
+"""Turns in the forms of other libraries: read whole, refused, or noted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from gradpursuit.data.schemas import Conversation, recognise
+from gradpursuit.errors import DataError
+
+USER, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def read(*turns: Any) -> Conversation:
+    column = "conversations" if any("from" in turn for turn in turns if isinstance(turn, dict)) else "messages"
+    return recognise({column: list(turns)}, {}, "file:7")[1]
+
+
+def refused(*turns: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(*turns)
+    return str(caught.value)
+
+
+def shared(message: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The turn in ShareGPT's form."""
+    return {"from": {"user": "human", "assistant": "gpt"}[message["role"]], "value": message["content"], **more}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        {"weight": 0},
+        {"weight": 0.0},
+        {"train": False},
+        {"trainable": False},
+        {"loss": False},
+        {"loss_mask": 0},
+        {"masked": True},
+        {"weight": 0, "train": False},
+    ],
+)
+def test_turns_that_are_not_to_be_learned(key: dict[str, Any]) -> None:
+    wanted = Conversation((USER, ANSWER, USER, ANSWER), untrained=frozenset({1}))
+    assert read(USER, {**ANSWER, **key}, USER, ANSWER) == wanted
+    assert read(shared(USER), shared(ANSWER, **key), shared(USER), shared(ANSWER)) == wanted
+    other = {name: not value for name, value in key.items()}
+    assert read(USER, {**ANSWER, **other}) == read(USER, {**ANSWER, "weight": None}) == Conversation((USER, ANSWER))
+
+
+def test_positions_count_the_messages_that_are_made() -> None:
+    row = {"prompt": [USER, {**ANSWER, "weight": 0}, USER], "completion": [{**ANSWER, "weight": 0}], "system": "s"}
+    assert recognise(row, {}, "file:7")[1].untrained == frozenset({2, 4})
+    assert read(USER, {**ANSWER, "weight": 0}).folded() != read(USER, ANSWER).folded()
+
+
+@pytest.mark.parametrize(
+    ("key", "part"),
+    [
+        ({"weight": 0.5}, "'weight' is 0.5; a turn is learned whole (1 or true) or not at all"),
+        ({"weight": "0"}, "'weight' is '0'"),
+        ({"weight": float("nan")}, "'weight' is nan"),
+        ({"train": "no"}, "'train' is 'no'"),
+        ({"mask": 1}, "'mask' means 'learned' to some libraries"),
+        ({"weight": 1, "train": False}, "'weight', 'train' contradict each other"),
+        ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, "trains parts of a turn"),
+    ],
+)
+def test_marks_that_cannot_be_kept_are_refused(key: dict[str, Any], part: str) -> None:
+    assert part in refused(USER, {**ANSWER, **key})
+    assert part in refused(shared(USER), shared(ANSWER, **key))
+
+
+def test_a_user_turn_that_asks_to_be_learned_is_noted() -> None:
+    assert read({**USER, "train": True}, ANSWER).notes == (
+        "'train' asks to learn a user turn; only assistant turns are learned",
+    )
+    assert read({**USER, "weight": 0}, ANSWER) == Conversation((USER, ANSWER))
+
+
+def test_calls_of_functions() -> None:
+    tool = {"role": "tool", "content": "1"}
+    wanted = (USER, CALLING, tool, ANSWER)
+    text = json.dumps(CALL["function"])
+    observed = {"from": "observation", "value": "1"}
+    for call in (text, f"[{text}]", json.dumps({"name": "f", "arguments": '{"x": 1}'})):
+        assert read(shared(USER), {"from": "function_call", "value": call}, observed, shared(ANSWER)).messages == wanted
+    legacy = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}
+    assert read(USER, legacy, {"role": "function", "name": "f", "content": "1"}, ANSWER).messages == (
+        USER,
+        CALLING,
+        {**tool, "name": "f"},
+        ANSWER,
+    )
+    llama = {"name": "f", "parameters": {"x": 1}}
+    assert read(USER, {**CALLING, "tool_calls": [llama]}).messages[1]["tool_calls"] == [CALL["function"]]
+    assert "a turn of 'function_call' holds the JSON of a call" in refused({"from": "function_call", "value": "f(1)"})
+    assert "has both 'function_call' and 'tool_calls'" in refused({**legacy, "tool_calls": [CALL]})
+    assert "a user turn has 'tool_calls'" in refused({**USER, "tool_calls": [CALL]})
+
+
+def test_contents_in_parts() -> None:
+    parts = [
+        {"type": "thinking", "thinking": "hm"},
+        {"type": "text", "text": "Let me"},
+        {"type": "text", "text": " look."},
+        {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}},
+    ]
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "7"}]}
+    found = read(
+        USER,
+        {"role": "assistant", "content": parts},
+        {"role": "user", "content": [result, {"type": "text", "text": "so?"}]},
+    )
+    assert found.messages == (
+        USER,
+        {
+            "role": "assistant",
+            "content": "Let me look.",
+            "reasoning_content": "hm",
+            "tool_calls": [{"id": "1", **CALL}],
+        },
+        {"role": "tool", "content": "7", "tool_call_id": "1"},
+        {"role": "user", "content": "so?"},
+    )
+    assert found.notes == ()
+    alone = read(USER, {"role": "user", "content": [result]}, ANSWER)
+    assert [message["role"] for message in alone.messages] == ["user", "tool", "assistant"]
+    cited = {"role": "user", "content": [{"type": "text", "text": "x", "citations": ["y"]}]}
+    assert read(cited, ANSWER).notes == ("key 'citations' of a part of a content is not read",)
+
+
+@pytest.mark.parametrize(
+    ("turn", "part"),
+    [
+        ({"role": "user", "content": [{"type": "image", "image": "x"}]}, "part 1 of the content is of type 'image'"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "input_audio"}]},
+            "part 2 of the content",
+        ),
+        ({"role": "user", "content": []}, "the content is an empty list"),
+        ({"role": "user", "content": [5]}, "expected an object with a 'type'"),
+        (
+            {"role": "assistant", "content": [{"type": "tool_use", "name": "f"}, {"type": "text", "text": "x"}]},
+            "text after a 'tool_use'",
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "tool_result", "content": "y"}]},
+            "a 'tool_result' after text",
+        ),
+        ({"role": "assistant", "content": None, "refusal": "No."}, "'refusal' holds a part of what is said, 'No.'"),
+        ({**ANSWER, "audio": {"id": "x"}}, "'audio' holds a part of what is said"),
+        ({**USER, "images": ["x.png"]}, "'images' holds a part of what is said"),
+        ("text alone", "expected 'role' and a text 'content'"),
+        ({"content": "x"}, "role None (keys found: 'content') is not one of system"),
+    ],
+)
+def test_what_is_said_in_a_form_that_is_not_read_is_refused(turn: Any, part: str) -> None:
+    assert part in refused(turn)
+
+
+def test_keys_that_are_not_read_are_noted() -> None:
+    found = read({**USER, "name": "Bob", "toxic": False, "gone": None, "refusal": None}, {**ANSWER, "audio": None})
+    assert found.messages == ({**USER, "name": "Bob", "toxic": False}, ANSWER)
+    said = "of a turn is passed to the chat template and not read otherwise"
+    assert found.notes == (f"key 'name' {said}", f"key 'toxic' {said}")
+    more = read(shared(USER), shared(ANSWER, mood="x", reasoning_content="hm"))
+    assert more.messages[1] == {**ANSWER, "mood": "x", "reasoning_content": "hm"}
+    assert more.notes == (f"key 'mood' {said}",)
+
+
+def test_names_of_roles() -> None:
+    for user, assistant in (("human", "gpt"), ("user", "model"), ("human", "ai"), ("prompter", "assistant")):
+        turns = [{"role": user, "content": "q"}, {"role": assistant, "content": "a"}]
+        assert recognise({"messages": turns}, {}, "file:7")[1] == Conversation((USER, ANSWER))
