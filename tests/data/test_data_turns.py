@@ -156,7 +156,7 @@ def test_contents_in_parts() -> None:
         ({**ANSWER, "audio": {"id": "x"}}, "'audio' holds a part of what is said"),
         ({**USER, "images": ["x.png"]}, "'images' holds a part of what is said"),
         ("text alone", "expected 'role' and a text 'content'"),
-        ({"content": "x"}, "role None (keys found: 'content') is not one of system"),
+        ({"content": "x"}, "role None is not one of system, developer, user, assistant, tool; keys found: 'content'"),
     ],
 )
 def test_what_is_said_in_a_form_that_is_not_read_is_refused(turn: Any, part: str) -> None:

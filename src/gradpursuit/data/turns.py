@@ -80,9 +80,9 @@ class Turns:
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None:
             wanted = ", ".join(_ROLES if shared else ROLES)
-            kind = "'from' is" if shared else "role"
-            none = "" if said in turn else f" (keys found: {', '.join(map(repr, turn)) or 'none'})"
-            raise DataError(f"{where}: {kind} {role!r}{none}{',' if shared else ' is'} not one of {wanted}")
+            what = f"'from' is {role!r}, not" if shared else f"role {role!r} is not"
+            none = "" if said in turn else f"; keys found: {', '.join(map(repr, turn)) or 'none'}"
+            raise DataError(f"{where}: {what} one of {wanted}{none}")
         rest = {name: value for name, value in turn.items() if value is not None and name not in (said, text)}
         learned = self._learned(rest, known, where)
         before = len(self.messages)
@@ -199,7 +199,10 @@ class Turns:
                 self._result(part, place)
                 results += 1
             else:
-                raise DataError(f"{place} is of type {kind!r}; only text, thinking, tool_use and tool_result are read")
+                raise DataError(
+                    f"{place} is of type {kind!r}, or not whole; only text, and thinking, tool_use and tool_result in "
+                    "the turns that they belong to, are read"
+                )
             self._note_rest_of(part)
         if calls:
             rest["tool_calls"] = [*(parsed(rest.get("tool_calls")) or []), *calls]
