@@ -179,7 +179,7 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         ),
         (b'{"messages": ["hi"]}', "'messages'[0]: expected 'role' and a text 'content', found 'hi'"),
         (b'{"messages": [{"role": "user"}]}', "'messages'[0]: expected 'role' and a text 'content'"),
-        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "'messages'[0]: part 1 of the content is of"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "part 1 of the content is of type 'text'"),
         (b'{"messages": [{"content": "x"}]}', "'messages'[0]: role None is not one of system, developer, user, assist"),
         (b'{"messages": [{"role": "alien", "content": "x"}]}', "role 'alien' is not one of"),
         (b'{"messages": [{"role": ["user"], "content": "x"}]}', "is not one of"),
