@@ -258,3 +258,9 @@ def test_text_with_marks_of_turns_is_named() -> None:
 )
 def test_advice_can_be_followed(columns: dict[str, Any], renamed: dict[str, str], advice: str) -> None:
     assert advice in refused(columns, **renamed)
+
+
+def test_text_that_is_odd_json_in_a_column_that_is_not_read() -> None:
+    for odd in ('{"a": 1, "a": 2}', "[" * 5000, "{no json"):
+        (note,) = notes({"prompt": "q", "completion": "a", "context": odd})
+        assert "column 'context'" in note

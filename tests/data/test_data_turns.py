@@ -177,3 +177,7 @@ def test_names_of_roles() -> None:
     for user, assistant in (("human", "gpt"), ("user", "model"), ("human", "ai"), ("prompter", "assistant")):
         turns = [{"role": user, "content": "q"}, {"role": assistant, "content": "a"}]
         assert recognise({"messages": turns}, {}, "file:7")[1] == Conversation((USER, ANSWER))
+
+
+def test_a_key_that_json_text_has_twice_is_refused() -> None:
+    assert "the key 'x' is there twice" in refused({"from": "function_call", "value": '{"name": "f", "x": 1, "x": 2}'})

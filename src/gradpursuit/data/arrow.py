@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +24,7 @@ def unpadded(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
 
 
 def _unpadded(value: Any, kind: pa.DataType) -> Any:
-    if not isinstance(value, (dict, list)):
+    if value is None or not _is_nested(kind):
         return value
     kind = _storage(kind)
     if isinstance(value, dict) and pa.types.is_struct(kind):
@@ -36,6 +37,15 @@ def _unpadded(value: Any, kind: pa.DataType) -> Any:
     if isinstance(value, list) and _is_list(kind):
         return [_unpadded(item, kind.value_type) for item in value]
     return value
+
+
+@lru_cache(maxsize=1024)
+def _is_nested(kind: pa.DataType) -> bool:
+    """Whether there is a struct or a map in a type."""
+    kind = _storage(kind)
+    if _is_list(kind):
+        return _is_nested(kind.value_type)
+    return bool(pa.types.is_struct(kind) or pa.types.is_map(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:

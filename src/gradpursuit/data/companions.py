@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from gradpursuit.data.turns import Message, parsed
@@ -137,7 +138,9 @@ def _texts(value: Any) -> Iterator[str]:
     """Every text in a value that says something."""
     waiting = [value]
     while waiting:
-        item = parsed(waiting.pop())
+        item = waiting.pop()
+        with suppress(DataError, RecursionError):  # of a column that is not read; its text serves as well
+            item = parsed(item)
         if isinstance(item, Mapping):
             waiting += item.values()
         elif isinstance(item, (list, tuple)):

@@ -69,7 +69,7 @@ class Unreadable:
 
 
 def read_examples(
-    inputs: Sequence[Input], renamed: Mapping[ColumnName, str] | None = None
+    inputs: Sequence[Input], renamed: Mapping[ColumnName, str | None] | None = None
 ) -> Iterator[Example | Unreadable]:
     """The rows of all inputs, one by one, in order: examples, and what is wrong with rows that are none.
 
@@ -115,7 +115,7 @@ def _none_fits(unreadable: Sequence[Unreadable], which: str) -> DataError:
 class _Reader:
     """Reads one input."""
 
-    def __init__(self, made: Input, mapping: Mapping[ColumnName, str], names: _Names) -> None:
+    def __init__(self, made: Input, mapping: Mapping[ColumnName, str | None], names: _Names) -> None:
         self._made, self._mapping, self._names = made, mapping, names
         self._warned = False
 
@@ -140,7 +140,7 @@ class _Reader:
         if is_too_deep([conversation.messages, conversation.tools]):
             raise too_deep()
         digest = content_hash(conversation)  # refuses halves of characters, as in the JSON text of a column
-        own = columns.get(self._mapping.get("id", "id"))
+        own = self._own_id(columns)
         name = self._names.of(own, digest, self._made, line)
         return Example(name, self._made.name, self._made.path, line, schema, conversation, columns, original)
 
@@ -160,10 +160,14 @@ class _Reader:
 
     def _unreadable(self, line: int, columns: dict[str, Any] | DataError, message: str) -> Unreadable:
         detail = message.removeprefix(f"{self._where(line)}: ")
-        own = columns.get(self._mapping.get("id", "id")) if isinstance(columns, dict) else None
+        own = self._own_id(columns) if isinstance(columns, dict) else None
         has_one = isinstance(own, (str, int)) and own != "" and len(str(own)) < 200
         name = str(own) if has_one else self._where(line)
         return Unreadable(name, self._made.name, self._made.path, line, _kind(detail), detail)
+
+    def _own_id(self, columns: Mapping[str, Any]) -> Any:
+        name = self._mapping.get("id", "id")
+        return None if name is None else columns.get(name)
 
     def _where(self, line: int) -> str:
         return f"{self._made.path}:{line}"

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gradpursuit.data.json_text import unique
 from gradpursuit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -230,11 +231,16 @@ class Turns:
 
 
 def parsed(value: Any) -> Any:
-    """What JSON text holds, where a table has no better way to hold a list or an object; any other value itself."""
+    """What JSON text holds, where a table has no better way to hold a list or an object; any other value itself.
+
+    Raises:
+        DataError: an object of it has a key twice.
+        RecursionError: it is nested too deep.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return json.loads(value, object_pairs_hook=unique)
+        except ValueError:
             return value
     return value
 
