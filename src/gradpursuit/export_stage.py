@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gradpursuit.aside import settled
 from gradpursuit.errors import ConfigError, RunError, SelectionError, nearest
+from gradpursuit.files import read_json
 from gradpursuit.manifest import digest_of
 
 if TYPE_CHECKING:
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gradpursuit")
 EXPORT_FILES = ("selected.jsonl", "selected.parquet", "repeated.jsonl", "README.md")
 EXPORT_FOLDER = "dataset"
+_SAVED = re.compile(r"data-\d+-of-\d+\.arrow|dataset_info\.json|state\.json")  # what `save_to_disk` writes
 _WHOLE = "the whole selection"
 
 
@@ -84,9 +89,9 @@ def export_budget(
         if name not in configured:
             raise ConfigError(f"strategy '{name}' is not among those that chose; {nearest(name, configured)}")
     folder = folder or run.folder / "exports" / _name(run, request)
-    if folder.exists() and not (folder / "export.json").is_file():
-        raise RunError(f"{folder}: is there already and is no export; choose another folder (--out)")
+    _refuse_place(run, folder)
     with run.working("export"):
+        _refuse_foreign(folder)
         run.require("selection", "an export", without=("trajectory", "gradients"))
         pool = run.table("pool")
         selections = {
@@ -106,6 +111,36 @@ def export_budget(
             origin = {"selection": run.fingerprint("selection"), "asked": asked}
             write_json(part / "export.json", {**made.to_json(), **origin})
     return made
+
+
+def _refuse_place(run: Run, folder: Path) -> None:
+    """An export lies in no folder that a stage of the run empties."""
+    root, place = run.folder.resolve(), folder.resolve()
+    inside = place.relative_to(root).parts if place.is_relative_to(root) else ("exports",)
+    if not inside or inside[0] in ("data", "trajectory", "gradients", "selection", "evaluation", "targets"):
+        raise RunError(f"{folder}: the run writes here itself; choose another folder (--out)")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """What is replaced must be an export, and hold nothing but its files."""
+    settled(folder)
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        return
+    if not os.path.lexists(folder):
+        return
+    made = folder / "export.json"
+    value = read_json(made) if made.is_file() else None
+    strategies = value.get("strategies") if isinstance(value, dict) and "asked" in value else None
+    if not isinstance(strategies, dict):
+        raise RunError(f"{folder}: is there already and is no export; choose another folder (--out)")
+    own = {made, *(folder / name for name in strategies)}
+    own |= {folder / name / file for name in strategies for file in (*EXPORT_FILES, EXPORT_FOLDER)}
+    found = [*folder.iterdir(), *(path for name in strategies for path in (folder / name).glob("*"))]
+    saved = [path for name in strategies for path in (folder / name / EXPORT_FOLDER).glob("*")]
+    others = [path for path in found if path not in own]
+    others += [path for path in saved if not _SAVED.fullmatch(path.name)]
+    if others:
+        raise RunError(f"{others[0]}: no file of this export; move it elsewhere, or choose another folder (--out)")
 
 
 def _write(

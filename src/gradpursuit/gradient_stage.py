@@ -180,6 +180,18 @@ def gradient_folder(run: Run, target: str | None = None) -> Path:
     return place(store).joinpath(*added) if store else run.folder.joinpath(*added, "gradients")
 
 
+def claim_store(run: Run) -> None:
+    """See that no other run writes where the stores of this one lie; the lock of the run must be held.
+
+    Raises:
+        StoreError: another run does, or something else lies there.
+    """
+    from gradpursuit.store.owner import claim
+
+    if run.config.gradients.store:
+        claim(gradient_folder(run), run.folder)
+
+
 def collect_gradients(run: Run) -> dict[str, Any]:
     """The stage."""
     made = splits(run)

@@ -72,6 +72,11 @@ def known_id(folder: Path) -> str | None:
     return _marked(folder)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is a run, as far as can be seen."""
+    return _marked(folder) is not None or _has_manifest(folder)
+
+
 def _marked(folder: Path) -> str | None:
     value = _json(folder / NAME)
     if value is None or value.get("gradpursuit") != "run":
@@ -84,6 +89,7 @@ def _marked(folder: Path) -> str | None:
 
 def _has_manifest(folder: Path) -> bool:
     value = _json(folder / "manifest.json")
+    # A store has a manifest too, of other keys.
     return value is not None and isinstance(value.get("format"), int) and isinstance(value.get("stages"), dict)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
+from gradpursuit.aside import is_interrupted
 from gradpursuit.config import RunConfig, load_config
 from gradpursuit.errors import RunError
-from gradpursuit.lock import holder
+from gradpursuit.lock import RunLock, holder
 from gradpursuit.remote import located as located_place
 from gradpursuit.sources import located
 
@@ -42,6 +44,7 @@ def run_folder(name: str) -> Path:
         RunError: it is none.
     """
     path = Path(name)
+    _settle(path)
     if path.is_file():
         where = f"run_dir of the configuration, or runs/{path.stem}"
         raise RunError(f"{path}: a file; give the run folder instead: {where}")
@@ -60,6 +63,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
     names another.
     """
+    _settle(path.parent)
     if run_dir is None and (path.parent / "manifest.json").is_file():
         run_dir = str(path.parent)
     if run_dir is not None:
@@ -77,6 +81,13 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
         }
     )
+
+
+def _settle(folder: Path) -> None:
+    """Put back what a killed process had set aside in a run folder, unless somebody is at work there."""
+    if is_interrupted(folder) and holder(folder) is None:
+        with suppress(RunError), RunLock(folder):
+            pass
 
 
 def _absolute(path: str) -> str:

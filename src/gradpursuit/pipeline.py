@@ -18,7 +18,7 @@ from gradpursuit.config import RunConfig, rows_of
 from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import ConfigError, GradPursuitError, ModelError, RunError, SelectionError, is_out_of_memory
 from gradpursuit.files import read_json, write_text
-from gradpursuit.gradient_stage import collected_requests
+from gradpursuit.gradient_stage import claim_store, collected_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.inputs import Inputs
 from gradpursuit.live import telling
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
+OWN_FOLDERS = ("data", "trajectory", "gradients", "selection", "evaluation", "targets", "exports")
 
 
 class Run:
@@ -87,8 +88,11 @@ class Run:
         begin = names.index(first) if first else 0
         with self.lock:
             check(self)
+            refuse_inputs_within(self)
             for stage in STAGES[begin : names.index(upto) + 1]:
                 self._refuse_foreign(stage)
+            if begin <= names.index("gradients") <= names.index(upto):
+                claim_store(self)
             fingerprint = ""
             for number, stage in enumerate(STAGES[: names.index(upto) + 1]):
                 fingerprint = self.fingerprint_of(stage, fingerprint)
@@ -424,6 +428,27 @@ class Run:
         if not path.is_file():
             raise RunError(f"{self.folder}: nothing has been compared yet; run `gradpursuit compare {self.folder}`")
         return from_json(read_json(path))
+
+
+def refuse_inputs_within(run: Run) -> None:
+    """Refuse inputs that lie where the run writes: it would replace them.
+
+    Raises:
+        ConfigError: one does.
+    """
+    config = run.config
+    sources = {f"data.{name}": getattr(config.data, name) or [] for name in ("pool", "target", "heldout")}
+    named = [(name, source.path) for name, found in sources.items() for source in found]
+    named.append(("model.path", config.model.path))
+    named += [("warmup.trajectory", path) for path in config.warmup.trajectory]
+    root = run.folder.resolve()
+    for name, text in named:
+        place = Path(text)
+        if not place.is_absolute() or not place.is_relative_to(root):
+            continue
+        inside = place.relative_to(root).parts
+        if not inside or inside[0] in OWN_FOLDERS or inside[0] in ("report.html", "report.json"):
+            raise ConfigError(f"{name}: {text} lies where the run writes; copy it elsewhere, or use another run_dir")
 
 
 def check(run: Run) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from gradpursuit import durable
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def require_reached(folder: Path) -> None:
             folder.exists()
         return
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        durable.make_folder(folder)
     except OSError as error:
         raise RunError(f"{folder}: this folder cannot be made: {error.strerror or error}; choose another one") from None
     if not os.access(folder, os.W_OK):

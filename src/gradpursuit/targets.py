@@ -22,7 +22,7 @@ from gradpursuit.config import OWN, SourceSection, target_name
 from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.files import read_json
-from gradpursuit.gradient_stage import gradient_folder, planned_for_target
+from gradpursuit.gradient_stage import claim_store, gradient_folder, planned_for_target
 from gradpursuit.manifest import Manifest, State, digest_of
 from gradpursuit.remote import is_remote
 from gradpursuit.sources import content_hashes, gone_note
@@ -207,6 +207,7 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
                 f"({', '.join(path for hashes in target.inputs.values() for path in hashes)}); "
                 "choose another name, or give --replace"
             )
+        claim_store(run)
         if not replace or not target.folder.exists():
             _refuse_foreign(target)
             _make(run, target, files)

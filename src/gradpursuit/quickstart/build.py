@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from gradpursuit.errors import RunError
 from gradpursuit.files import write_text
 from gradpursuit.quickstart.assets import bigbench_tasks
 
@@ -52,7 +53,14 @@ def build(cache: Path, folder: Path) -> None:
     splits = {"pool": pool, "target": target[:TARGET_ROWS], "heldout": target[TARGET_ROWS:]}
     for name, rows in splits.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_text(folder / f"{name}.jsonl", text)
+        path = folder / f"{name}.jsonl"
+        if not path.exists():
+            write_text(path, text)
+        elif path.read_bytes() != text.encode():
+            raise RunError(
+                f"{path}: holds other rows than those of the quickstart, and is not overwritten; move it elsewhere, or "
+                "give it to `gradpursuit run` in a configuration of your own"
+            )
 
 
 def _rows(task: str, content: dict[str, Any], count: int, rng: np.random.Generator) -> list[dict[str, Any]]:
