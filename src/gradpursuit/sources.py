@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,8 +59,8 @@ def expand(sources: Sequence[SourceSection]) -> list[Input]:
     """Every input that the sources name, in order; the matches of a glob by name.
 
     Raises:
-        DataError: a glob matches nothing, a folder is none of `save_to_disk`, a file is of another kind, or an input
-            is named twice.
+        DataError: a glob matches nothing, a folder is none of `save_to_disk`, a file is of another kind or no regular
+            one, a path can be none, or an input is named twice.
     """
     found = [made for source in sources for made in _expand(source)]
     places: dict[tuple[str, str], Input] = {}
@@ -72,20 +73,78 @@ def expand(sources: Sequence[SourceSection]) -> list[Input]:
 
 
 def _expand(source: SourceSection) -> Iterator[Input]:
-    path = Path(source.path).expanduser()
-    if path.exists() or not glob.has_magic(source.path):
-        yield _input(str(path) if path.exists() else source.path, source)
+    path = _user_path(source.path)
+    there = _is_there(path, source.path)
+    if there or not glob.has_magic(source.path):
+        yield _input(str(path) if there else source.path, source)
         return
-    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 (Path.glob takes no absolute pattern)
-    matches = [match for match in matches if Path(match).is_file() or _is_saved(Path(match))]
+    matches = [match for match in _matches(str(path)) if Path(match).is_file() or _is_saved(Path(match))]
     if not matches:
         raise DataError(f"{source.path}: no file matches; in quotes a shell leaves the pattern as it is")
     for match in matches:
         yield _input(match, source)
 
 
+def _user_path(text: str) -> Path:
+    """A path with the home folder for `~`.
+
+    Raises:
+        DataError: it can be the path of no file.
+    """
+    if "\0" in text:
+        raise DataError(f"{text!r}: a path cannot hold the character NUL; correct it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise DataError(
+            f"{text}: there is no user '{Path(text).parts[0][1:]}' here; write ./{text} for a file whose name begins so"
+        ) from None
+
+
+def _is_there(path: Path, text: str) -> bool:
+    """Whether anything lies at a path.
+
+    Raises:
+        DataError: that cannot be said: the name is too long, links go in a circle, a folder may not be looked into.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if glob.has_magic(text):
+            return False
+        raise DataError(f"{text:.300}: cannot be read: {error.strerror or error}") from None
+    return True
+
+
+def _matches(pattern: str) -> list[str]:
+    """What a glob matches, by name; with `**`, links are followed, but into no folder that was looked into before."""
+    if "**" not in Path(pattern).parts:
+        return sorted(glob.glob(pattern))  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    parts = Path(pattern).parts
+    at = parts.index("**")
+    seen: set[tuple[int, int]] = set()
+    found: set[str] = set()
+    for top in glob.glob(str(Path(*parts[:at]))) if at else ["."]:  # noqa: PTH207
+        for folder, inner, _ in os.walk(top, followlinks=True):
+            stat = Path(folder).stat()
+            if (stat.st_dev, stat.st_ino) in seen:
+                inner.clear()
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            here = Path(glob.escape(folder), *(parts[at + 1 :] or ("*",)))
+            found.update(_matches(str(here)) if "**" in here.parts else glob.glob(str(here)))  # noqa: PTH207
+    return sorted(found)
+
+
 def _input(name: str, source: SourceSection) -> Input:
     path = Path(name)
+    if _is_there(path, name) and not (path.is_file() or path.is_dir()):
+        raise DataError(
+            f"{name}: a pipe, a socket or a device; only files and folders are read: save it as a file first"
+        )
     if path.is_dir():
         if not _is_saved(path):
             raise DataError(
@@ -131,7 +190,9 @@ def _endings(source: str) -> list[str]:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` can only be the id of a data set on the hub: `owner/name`, and nothing of that name here."""
-    return bool(_HUB_ID.fullmatch(name)) and Path(name).suffix.lower() not in _SUFFIXES and not Path(name).exists()
+    if not _HUB_ID.fullmatch(name) or Path(name).suffix.lower() in _SUFFIXES:
+        return False
+    return not _is_there(Path(name), name)
 
 
 def _is_saved(path: Path) -> bool:
@@ -144,8 +205,18 @@ def located(source: SourceSection) -> SourceSection:
 
 
 def located_path(path: str) -> str:
-    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is."""
-    return path if is_hub_id(path) else str(Path(path).expanduser().resolve())
+    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is.
+
+    Raises:
+        DataError: it can be the path of no file.
+    """
+    if is_hub_id(path):
+        return path
+    try:
+        return str(_user_path(path).resolve())
+    except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
+        said = "Too many levels of symbolic links" if isinstance(error, RuntimeError) else error.strerror or error
+        raise DataError(f"{path:.300}: cannot be read: {said}") from None
 
 
 Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path

@@ -6,7 +6,9 @@ import csv
 import datetime
 import gzip
 import json
+import os
 import shutil
+import socket
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import pytest
 from datasets import Dataset, DatasetDict, load_dataset
 
 from gradpursuit.config import SourceSection
-from gradpursuit.data import read_examples
+from gradpursuit.data import Example, Unreadable, read_examples
 from gradpursuit.data.formats import count
 from gradpursuit.data.json_array import elements
 from gradpursuit.errors import DataError
@@ -211,6 +213,83 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes,
     message = refused(str(tmp_path / name))
     assert part in message
     assert message.startswith(str(tmp_path / name))
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "socket"))
+    (tmp_path / "circle.jsonl").symlink_to(tmp_path / "circle.jsonl")
+    for path in (str(tmp_path / "pipe.jsonl"), str(tmp_path / "socket"), "/dev/zero"):
+        assert refused(path) == (
+            f"{path}: a pipe, a socket or a device; only files and folders are read: save it as a file first"
+        )
+    assert "circle.jsonl: cannot be read: Too many levels of symbolic links" in refused(str(tmp_path / "circle.jsonl"))
+    assert "File name too long" in refused("x" * 5000)
+    assert "cannot hold the character NUL" in refused("a\0b.jsonl")
+    assert refused("~nosuchuser/a.jsonl").startswith(
+        "~nosuchuser/a.jsonl: there is no user 'nosuchuser' here; write ./~"
+    )
+    for path, part in (("a\0b", "NUL"), ("~nosuchuser/a", "no user"), (str(tmp_path / "circle.jsonl"), "levels")):
+        with pytest.raises(DataError, match=part):
+            located(SourceSection(path=path))
+
+
+def test_links_in_circles_end(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl")
+    (tmp_path / "other").mkdir()
+    write(tmp_path / "other" / "b.jsonl")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "other")
+    for name in ("one", "two", "three"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    found = expand([SourceSection(path=str(tmp_path / "data" / "**" / "*.jsonl"))])
+    assert [made.path for made in found] == [str(tmp_path / "data" / "linked" / "b.jsonl")]
+    assert len(expand([SourceSection(path=str(tmp_path / "**"))])) == 2
+
+
+def test_rows_of_a_table_that_python_cannot_hold(tmp_path: Path) -> None:
+    text = pa.array(["q", "q", "q"])
+    bad = pa.StringArray.from_buffers(3, pa.array(["a", "bc", "d"]).buffers()[1], pa.py_buffer(b"a\xff\xfed"))
+    pq.write_table(pa.table({"prompt": text, "completion": bad}), tmp_path / "a.parquet")
+    days = pa.array([0, 2**30, 1], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"prompt": text, "completion": text, "day": days}), tmp_path / "b.parquet")
+    for name, part in (
+        ("a", "column 'completion' cannot be read: 'utf-8' codec"),
+        ("b", "column 'day' cannot be read"),
+    ):
+        found = read(str(tmp_path / f"{name}.parquet"))
+        assert [row.line for row in found] == [1, 2, 3]
+        assert [isinstance(row, Unreadable) for row in found] == [False, True, False]
+        assert part in found[1].detail
+    zone = pa.array([0, 1, 2], pa.timestamp("us", "Mars/Phobos"))
+    pq.write_table(pa.table({"prompt": text, "completion": text, "at": zone}), tmp_path / "c.parquet")
+    assert "c.parquet:1: column 'at' cannot be read" in refused(str(tmp_path / "c.parquet"))
+    twice = pa.Table.from_arrays([text, text], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    assert "d.parquet: has two columns of the name 'text'" in refused(str(tmp_path / "d.parquet"))
+
+
+def test_rows_of_a_csv_file_are_dropped_one_by_one(tmp_path: Path) -> None:
+    content = b'prompt,completion\nq,a\nq\n"x"y,b\nq,caf\xe9\nq,nul\0\nq,"two\nlines"\n'
+    (tmp_path / "a.csv").write_bytes(content)
+    found = read(str(tmp_path / "a.csv"))
+    assert [(row.line, isinstance(row, Example)) for row in found] == [
+        (2, True), (3, False), (4, False), (5, False), (6, True), (7, True),
+    ]  # fmt: skip
+    assert [row.reason for row in found if isinstance(row, Unreadable)] == [
+        "has … fields, the header has …",
+        "not valid CSV: ',' expected after '\"'",
+        "column 'completion': not UTF-8",
+    ]
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(json.dumps(ROWS[0]).encode() * 50))
+    for at in range(10, len(whole), 7):
+        damaged = bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        (tmp_path / "a.jsonl.gz").write_bytes(damaged)
+        assert "a.jsonl.gz" in refused(str(tmp_path / "a.jsonl.gz"))
 
 
 def test_missing_files_of_every_format(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def _in_column(columns: Mapping[str, Any], error: DataError) -> DataError:
 def _kind(detail: str) -> str:
     """What is wrong with a row, without what differs from row to row."""
     short = re.split(r"; | at column |, found |: byte ", detail, maxsplit=1)[0]
-    return re.sub(r"\d+", "…", short)[:160]
+    return re.sub(r"(?<!UTF-)\d+", "…", short)[:160]
 
 
 class _SameIdError(DataError):
