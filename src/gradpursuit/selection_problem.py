@@ -12,7 +12,7 @@ from gradpursuit.remote import is_remote
 
 if TYPE_CHECKING:
     from gradpursuit.cluster import Team
-    from gradpursuit.data import Row
+    from gradpursuit.data import Row, Table
     from gradpursuit.features import TrajectoryFeatures
     from gradpursuit.pipeline import Run
     from gradpursuit.selection import SelectionProblem
@@ -94,16 +94,17 @@ def load_problem(run: Run, team: Team | None = None, *, few: bool = False) -> tu
         options=settings.options,
         rows=pool.table.take(candidates.tolist()),
         target_rows=rows,
-        text=_reader(run) if any(strategy.needs(settings).text for strategy in run.strategies()) else None,
+        text=_texts(run, pool.table, rows) if any(s.needs(settings).text for s in run.strategies()) else None,
     ), candidates
 
 
-def _reader(run: Run) -> Callable[[Row], str]:
-    """What gives the text of a row back, as it was rendered."""
-    from gradpursuit.trajectory.model import load_tokenizer
+def _texts(run: Run, pool: Table, target: Table) -> Callable[[Row], str]:
+    """What gives the text of a row of either table: what it says, without the chat template."""
+    from gradpursuit.data.said import Said
 
-    tokenizer = load_tokenizer(run.config.model)
-    return lambda row: str(tokenizer.decode(row.input_ids))
+    config = run.config.data
+    own = [] if run.target else config.target or []  # the files of an added target have the columns of `data.columns`
+    return Said([*config.pool, *own], config.columns, pool, target).text
 
 
 def _features(run: Run, split: Split, rows: Any, team: Team | None = None, *, few: bool = False) -> dict[str, Any]:

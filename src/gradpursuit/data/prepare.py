@@ -21,12 +21,13 @@ from gradpursuit.data.formats import count
 from gradpursuit.data.leakage import Leak, Leaks, Protected
 from gradpursuit.data.readers import Example, Unreadable, read_examples
 from gradpursuit.data.render import Rendered, Renderer
-from gradpursuit.data.schemas import Conversation, recognise
+from gradpursuit.data.said import Said
+from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.table import Row, Table, TableWriter
 from gradpursuit.errors import DataError
 from gradpursuit.files import write_folder
 from gradpursuit.progress import Progress
-from gradpursuit.sources import expand, paths
+from gradpursuit.sources import expand
 
 logger = logging.getLogger("gradpursuit")
 EXACT, FOLDED = "duplicate", "duplicate up to case and white space"  # why a copy was dropped
@@ -183,7 +184,7 @@ def prepare_target(
         target = _targets(cleaner, folder, holdout, seed)
         protected = [row.protected for split in target.values() for row in split]
         leaks = Leaks(protected, coverage=config.leak_coverage)
-        conversation, found = _Said(config, pool), 0
+        conversation, found = Said(config.pool, config.columns, pool), 0
         with Progress("look for the target in the pool", len(pool)) as progress:
             for row in pool if config.leaks == "remove" else ():
                 if leak := leaks.find(row.hash, conversation(row)):
@@ -346,20 +347,6 @@ def _evidence(leak: Leak) -> dict[str, Any]:
     """What is listed of a leak; the share only of a part."""
     part = {"coverage": round(leak.coverage, 3)} if leak.coverage < 1 else {}
     return {"leaks": leak.id, **part}
-
-
-class _Said:
-    """What the rows of a pool that was cleaned before say, whether or not their files are still there."""
-
-    def __init__(self, config: DataSection, pool: Table) -> None:
-        self._default, files = config.columns, set(pool.column("file"))
-        mapped = [source for source in config.pool if source.columns is not None]
-        self._own = {path: source.columns or {} for source in mapped for path in paths([source], files)}
-
-    def __call__(self, row: Row) -> Conversation:
-        """The conversation of a row."""
-        mapping = self._own.get(row.file, self._default)
-        return recognise(row.columns, mapping, f"{row.file}:{row.line}")[1]
 
 
 def _schema_text(schemas: Mapping[str, int]) -> str:

@@ -88,7 +88,7 @@ class Needs:
 
     Attributes:
         features: kinds of features of the pool; the target's follow from them.
-        text: whether it reads rendered text.
+        text: whether it reads what the rows say.
         target: what it asks of the target: its single "rows", only their "mean" (so that the pool can be its own
             target), or "none".
         passes: how often it reads all features of the pool, at most; "k": once for each example that it chooses.
@@ -121,7 +121,7 @@ class SelectionProblem:
         options: of single strategies, by name.
         rows: the N pool rows: tokens, labels, source, original columns.
         target_rows: the M target rows; none if the pool is its own target.
-        text: gives the text of a row as it was rendered; None if no strategy of the run needs it.
+        text: gives what a row says, without the chat template; None if no strategy of the run needs it.
     """
 
     ids: Sequence[str]
