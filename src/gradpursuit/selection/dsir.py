@@ -7,16 +7,18 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from gradpursuit.config import Number, Section, Whole
-from gradpursuit.data.words import words
+from gradpursuit.data.words import fold, words
 from gradpursuit.errors import SelectionError
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
 from gradpursuit.selection.kmeans_quality import proportional_shares
 
 Array = NDArray[np.float64]
+_RUN = regex.compile(r"[\w\p{M}]+|[^\w\s\p{M}]+")
 _OFFSET = 1e-8  # added to the authors' probabilities before the logarithm
 
 
@@ -39,8 +41,8 @@ class DSIR(Section):
     Differs from the authors' code:
 
     * The text is what the row says, without the chat template, which all rows share.
-    * Words are those of :func:`gradpursuit.data.words.words`, for scripts without spaces too: punctuation of prose is
-      no word (the authors' regular expression makes it one, and a Chinese sentence a single word).
+    * A run of punctuation is a word, as theirs, but a run of letters is what :func:`gradpursuit.data.words.words` makes
+      of it: in scripts without spaces one word per character, where theirs is a whole sentence.
     * The hash is MurmurHash3, not SHA-256.
     * Rows of less than 100 words are kept: rows for fine-tuning are short.
     * `per_group`: shares of the target groups are in proportion to their counts, as the authors' are by default; the
@@ -141,13 +143,27 @@ def _bag(counts: Any) -> Array:
 
 def _grams(text: str) -> Iterator[str]:
     """Words and pairs of words."""
-    found = words(text)
+    found = tokens(text)
     yield from found
     yield from map(" ".join, pairwise(found))
 
 
+def tokens(text: str) -> list[str]:
+    """Words and runs of punctuation, in order.
+
+    Punctuation counts: the form of a question tells tasks apart as much as its words do.
+    """
+    found: list[str] = []
+    for run in _RUN.findall(fold(text)):
+        found += [run] if run.isascii() else words(run) or [run]
+    return found
+
+
 def log_importance(pool: Sequence[str], target: Sequence[str], **options: Any) -> Array:
-    """log p(z) - log q(z) of every pool text z [N], p fitted to the target and q to the pool; options of :class:`DSIR`."""
+    """log p(z) - log q(z) of every pool text z [N], p fitted to the target, q to the pool.
+
+    Options are those of :class:`DSIR`.
+    """
     method = DSIR(**options)
     bags, counts = (method._counts(texts) for texts in (target, pool))
     return np.asarray(counts @ method._log_ratio(_bag(bags), _bag(counts)))
