@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from gradpursuit.errors import ConfigError, SelectionError
-from gradpursuit.selection import Selection, SelectionProblem, strategy
+from gradpursuit.selection import Selection, SelectionProblem, Settings, strategy
 from gradpursuit.selection.bids import serve_worst, standardized
-from gradpursuit.selection.dsir import log_importance
-from gradpursuit.selection.kmeans_quality import proportional_shares
+from gradpursuit.selection.clusters import interleaved, proportional_shares
+from gradpursuit.selection.dsir import log_importance, tokens
 from gradpursuit.selection.rds import round_robin
 from gradpursuit.selection.tarot import nearest_rings, whitened_cosines
 from problems import problem, row, trajectory
@@ -178,7 +179,7 @@ def test_tarot_takes_ring_after_ring() -> None:
         whitened_cosines(trajectory([[1, 2], [1, 2]]), trajectory([[1, 2]]), 0.1)
 
 
-def test_dsir() -> None:
+def test_dsir_with_smoothing() -> None:
     pool, target = ["red red", "blue", "Red, blue"], ["red", "red red"]
     buckets = 1_000_003  # without collisions of these few
     grams = [
@@ -188,43 +189,162 @@ def test_dsir() -> None:
     ]
     p = Counter({"red": 3, "red red": 1})
     q = sum(grams, Counter())
-    total_p, total_q = sum(p.values()) + buckets, sum(q.values()) + buckets
 
-    def weight(gram: str) -> float:
-        return float(np.log((p[gram] + 1) / total_p) - np.log((q[gram] + 1) / total_q))
+    def expected(smoothing: float) -> list[float]:
+        total_p, total_q = sum(p.values()) + smoothing * buckets, sum(q.values()) + smoothing * buckets
 
-    expected = [sum(count * weight(gram) for gram, count in row.items()) for row in grams]
-    np.testing.assert_allclose(log_importance(pool, target, buckets), expected, rtol=1e-9)
-    assert expected[0] > expected[2], "the words of the target"
+        def weight(gram: str) -> float:
+            return float(np.log((p[gram] + smoothing) / total_p) - np.log((q[gram] + smoothing) / total_q))
+
+        return [sum(count * weight(gram) for gram, count in row.items()) for row in grams]
+
+    for smoothing in (1, 0.1):
+        found = log_importance(pool, target, buckets=buckets, smoothing=smoothing)
+        np.testing.assert_allclose(found, expected(smoothing), rtol=1e-9)
+        assert found[0] > found[2], "the words of the target"
+    # The authors' own: probabilities of 4 and 9 counts, 1e-8 beside each.
+    one = np.log(3 / 4 + 1e-8) - np.log(3 / 9 + 1e-8)
+    two = np.log(1 / 4 + 1e-8) - np.log(1 / 9 + 1e-8)
+    unseen = np.log(1e-8) - np.log(1 / 9 + 1e-8)
+    blue = np.log(1e-8) - np.log(2 / 9 + 1e-8)
+    found = log_importance(pool, target, buckets=buckets, smoothing="paper")
+    np.testing.assert_allclose(found, [2 * one + two, blue, one + blue + 3 * unseen], rtol=1e-9)
+
+
+def test_dsir_prior_by_hand() -> None:
+    # Single words of target "a a b" and pool "a b c c", prior 4: p = 3/7, 2/7, 2/7 and q = 1/4, 1/4, 1/2.
+    pool, target = ["a", "b", "c", "c"], ["a", "a", "b"]
+    found = log_importance(pool, target, prior=4, buckets=1_000_003)
+    np.testing.assert_allclose(found, np.log([12 / 7, 8 / 7, 4 / 7, 4 / 7]), rtol=1e-9)
+    np.testing.assert_allclose(found[[0, 2]], [0.539, -0.560], atol=5e-4)
+    np.testing.assert_allclose(log_importance(pool * 3, target, prior=4, buckets=1_000_003), np.tile(found, 3))
+    # Pairs too: 5 counts of the target (a 2, b, "a a", "a b"), 7 of the pool (a, b, c 2, "a b", "b c", "c c").
+    given = ["a b c c"], ["a a b"]
+    q = np.array([1, 1, 2, 1, 1, 1]) / 7
+    p = (np.array([2, 1, 0, 1, 0, 0]) + 4 * q) / 9
+    weight = float(np.array([1, 1, 2, 1, 1, 1]) @ np.log(p / q))
+    np.testing.assert_allclose(log_importance(*given, prior=4, buckets=1_000_003), [weight], rtol=1e-9)
+    assert log_importance(["d"], ["d", "e"], prior=4, buckets=1_000_003)[0] == pytest.approx(np.log(5 / 6))
+
+
+def corpus(rng: np.random.Generator, rows: int, first: int, vocabulary: int = 300) -> list[str]:
+    """Texts of 20 words; word `first` + i has a chance in proportion to 1 / (i + 1)."""
+    chances = 1 / np.arange(1, vocabulary + 1)
+    drawn = first + rng.choice(vocabulary, (rows, 20), p=chances / chances.sum())
+    return [" ".join(f"w{word}" for word in text) for text in drawn.tolist()]
+
+
+@pytest.mark.parametrize("target_rows", [8, 16, 32])
+def test_dsir_finds_the_task_of_a_small_target_in_a_pool_of_thousands(target_rows: int) -> None:
+    rng = np.random.default_rng(0)
+    on, off = corpus(rng, 1000, 0), corpus(rng, 1000, 200)  # the rarer words of one are the common ones of the other
+    junk = [" ".join(f"x{word}" for word in rng.integers(0, 10**9, 20).tolist()) for _ in range(200)]
+    texts = [*on, *off, *junk, *corpus(rng, target_rows, 0)]
+    rows = [row(i) for i in range(len(texts))]
+    given = problem(
+        {}, rows=rows[:2200], target_rows=rows[2200:], text=lambda found: texts[int(found.id.removeprefix("row-"))]
+    )
+    found = np.array(ids("dsir", given, 200))
+    assert (found < 1000).mean() >= 0.97
+    assert not (found >= 2000).any(), "rows of words that occur nowhere else"
+    assert (np.array(ids("dsir", given, 200, smoothing="paper")) < 1000).mean() > 0.85
+    best = chosen("dsir", given, 200, noise=False)
+    assert best.evidence["log_weights"] == sorted(best.evidence["log_weights"], reverse=True)
+    assert best.indices.tolist() == ids("dsir", given, 200, 5, noise=False), "no chance in it"
+    assert not strategy("dsir", {"dsir": {"noise": False}}).stochastic
+    assert strategy("dsir").stochastic
 
 
 def test_dsir_draws_in_proportion_to_the_weights() -> None:
     texts = {f"row-{i}": "a" if i < 2 else "b" for i in range(4)}
     rows, target = [row(i) for i in range(4)], [row(0)]
     given = problem({}, rows=rows, target_rows=target, text=lambda found: texts[found.id])
-    weights = np.exp(log_importance([texts[r.id] for r in rows], ["a"], 10_000))
-    first = Counter(ids("dsir", given, 1, seed)[0] for seed in range(3000))
+    weights = np.exp(log_importance([texts[r.id] for r in rows], ["a"], prior=4))
+    first = Counter(ids("dsir", given, 1, seed, prior=4)[0] for seed in range(3000))
     share = weights / weights.sum()
     for i in range(4):
         assert first[i] / 3000 == pytest.approx(share[i], abs=4 * (share[i] / 3000) ** 0.5)
     assert ids("dsir", given, 4, 7) == ids("dsir", given, 4, 7)
     with pytest.raises(SelectionError, match="text of the rows is not at hand"):
         chosen("dsir", problem({}, rows=rows, target_rows=target), 1)
+    silent = problem({}, rows=rows, target_rows=target, text=lambda found: " ")
+    with pytest.raises(SelectionError, match="the target has no words"):
+        chosen("dsir", silent, 1)
+
+
+def test_dsir_serves_every_target_group() -> None:
+    texts = ["red red red", "red red", "blue blue", "blue", "green", "red red red", "blue"]
+    rows = [row(i) for i in range(7)]
+    given = problem({}, rows=rows[:5], target_rows=rows[5:], text=lambda found: texts[int(found.id[4:])])
+    given = replace(given, groups=np.array([0, 1]))
+    # 5 counts in group 0 and 1 in group 1: of three rows 2.5 and 0.5, the tie to the first.
+    found = chosen("dsir", given, 3, per_group=True, noise=False, prior=1)
+    assert (found.indices.tolist(), found.evidence["group"]) == ([0, 1, 3], [0, 0, 0])
+    given = replace(given, groups=np.array([1, 0]))
+    found = chosen("dsir", given, 4, per_group=True, noise=False, prior=1)
+    # Group 0 is blue now: 4 · 1/6 = 0.67 and 3.33 rows.
+    assert found.evidence["group"] == [1, 0, 1, 1]
+    assert found.indices[found.evidence["group"].index(0)] == 2
+    assert found.indices[0] == 0
+    assert len(set(found.indices.tolist())) == 4
+
+
+def test_dsir_has_one_way_to_fit() -> None:
+    assert strategy("dsir").method.model_dump()["prior"] == 1000
+    assert strategy("dsir", {"dsir": {"smoothing": 0.1}}).method.model_dump()["prior"] is None
+    for wrong, message in {
+        ("prior", "smoothing"): "give either smoothing or prior",
+        ("smoothing",): "smoothing: must be above 0",
+        ("neither",): "give either smoothing or prior",
+    }.items():
+        options = {"prior": 5.0, "smoothing": 1.0} if len(wrong) == 2 else {"smoothing": -1}
+        options = {"prior": None} if wrong == ("neither",) else options
+        with pytest.raises(ConfigError, match=message):
+            strategy("dsir", {"dsir": options})
+
+
+def test_tokens_of_dsir_in_every_script() -> None:
+    assert tokens("What's 3+4? WELL...") == ["what", "'", "s", "3", "+", "4", "?", "well", "..."]
+    assert tokens("你好，世界") == ["你", "好", ",", "世", "界"], "as everywhere, width is folded"
+    assert tokens("नमस्ते दुनिया") == ["नमस्ते", "दुनिया"], "marks belong to their word"
+    assert tokens(" ") == []
 
 
 def test_el2n_and_grand() -> None:
     errors = trajectory([[9], [0], [0], [0], [0]], [[1], [2], [3], [4], [5]], [[1], [2], [3], [8], [5]])
     given = problem({"el2n": errors}, rates=[1, 1])
     assert ids("el2n", given, 2) == [3, 4], "the base model does not count"
+    assert ids("el2n", given, 2, at="mean") == [3, 4]
     assert ids("el2n", given, 2, at="first") == [4, 3]
     assert ids("el2n", given, 2, at="base") == [0, 1]
     assert ids("el2n", given, 2, keep="easiest") == [0, 1]
     assert ids("el2n", given, 3, keep="band") == [2, 1, 4], "around the median, 3; equally far ones from below"
     assert ids("el2n", given, 1, keep="band", band=1.0) == [3]
-    assert chosen("el2n", given, 1).evidence["scores"] == [6]
+    assert chosen("el2n", given, 1).evidence["scores"] == [8], "of the last checkpoint"
+    assert chosen("el2n", given, 1, at="mean").evidence["scores"] == [6]
     norms = trajectory(np.eye(3), np.eye(3), norm=[[1, 5, 3], [9, 1, 3]])
-    assert ids("grand", problem({"identity": norms}, rates=[1, 1]), 2) == [0, 1]
+    assert ids("grand", problem({"identity": norms}, rates=[1, 1]), 2) == [0, 2]
+    assert ids("grand", problem({"identity": norms}, rates=[1, 1]), 2, at="mean") == [0, 1]
     assert ids("grand", problem({"identity": norms}, rates=[1, 1]), 2, at="first") == [1, 2]
+
+
+def test_the_highest_scores_are_trimmed() -> None:
+    scores = [[1.0], [1], [1], [1], [1], [10]]  # mean 2.5, standard deviation of the sample 3.67: cut at 9.85
+    given = problem({"el2n": trajectory(scores, scores)})
+    found = chosen("el2n", given, 6, trim="2sd")
+    assert (found.indices.tolist(), found.evidence["trimmed"]) == ([0, 1, 2, 3, 4], 1)
+    assert ids("el2n", given, 1, trim=None) == ids("el2n", given, 1, trim=0) == [5]
+    assert ids("el2n", given, 1, trim=0.17) == [0], "one of six, rounded down"
+    assert ids("el2n", given, 1, trim=0.16) == [5]
+    ranks = [[float(i)] for i in range(100)]
+    given = problem({"el2n": trajectory(ranks, ranks), "identity": trajectory(ranks, norm=[np.arange(100.0)])})
+    for name in ("el2n", "grand"):
+        assert ids(name, given, 2) == [94, 93], "five of a hundred are left out unless it is said otherwise"
+        assert ids(name, given, 2, trim=0.29) == [70, 69]
+        assert ids(name, given, 2, keep="band", band=1.0, trim=0.5) == [49, 48]
+        with pytest.raises(ConfigError, match="a share of the rows from 0 to below 1"):
+            ids(name, given, 2, trim=1.0)
+    assert "trimmed" not in chosen("el2n", given, 2, trim=None).evidence
 
 
 def test_learning_percentage() -> None:
@@ -238,6 +358,32 @@ def test_learning_percentage() -> None:
     found = chosen("learning-percentage", given, 5, of="start")
     np.testing.assert_allclose(found.evidence["learning_percentage"], [0, 0, 1 / 8, 1 / 2, 3 / 4], atol=1e-6)
     assert ids("learning-percentage", given, 2, keep="easiest") == [1, 2]
+
+
+def test_learning_percentage_inside_clusters() -> None:
+    percentages = np.array([0.1, 0.2, 0.9, 0.8])
+    perplexity = np.array([np.full(4, 11.0), 11 - 10 * percentages, np.ones(4)])
+    losses = trajectory(*np.ones((3, 4, 1)), loss=np.log(perplexity))
+    corners = trajectory([[1, 0], [1, 0.01], [0, 1], [0.01, 1]])
+    given = problem({"el2n": losses, "embedding": corners}, rates=[1, 1])
+    assert ids("learning-percentage", given, 2) == [0, 1]
+    found = chosen("learning-percentage", given, 2, clusters=2)
+    assert sorted(found.indices.tolist()) == [0, 3]
+    assert len(set(found.evidence["cluster"])) == 2
+    assert sorted(ids("learning-percentage", given, 2, clusters=2, keep="easiest")) == [1, 2]
+    assert sorted(ids("learning-percentage", given, 2, clusters=2, keep="band", band=1.0)) == [0, 3]
+    assert sorted(ids("learning-percentage", given, 4, clusters=9)) == [0, 1, 2, 3], "no more clusters than rows"
+    assert ids("learning-percentage", given, 2, clusters=1) == [0, 1]
+    assert sorted(ids("learning-percentage", given, 3, clusters=2, trim=0.25)) == [1, 2, 3]
+    needs = strategy("learning-percentage", {"learning-percentage": {"clusters": 2}}).needs(Settings())
+    assert str(needs) == "el2n, embedding"
+    assert str(strategy("learning-percentage").needs(Settings())) == "el2n"
+
+
+def test_groups_are_interleaved_by_their_shares() -> None:
+    rows, groups = interleaved([[10, 11, 12, 13], [20, 21], []])
+    assert rows.tolist() == [10, 20, 11, 12, 21, 13]
+    assert groups.tolist() == [0, 1, 0, 0, 1, 0]
 
 
 def test_kmeans_quality_serves_every_cluster_by_its_size() -> None:

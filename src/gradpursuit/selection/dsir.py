@@ -15,7 +15,7 @@ from gradpursuit.config import Number, Section, Whole
 from gradpursuit.data.words import fold, words
 from gradpursuit.errors import SelectionError
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
-from gradpursuit.selection.kmeans_quality import proportional_shares
+from gradpursuit.selection.clusters import interleaved, proportional_shares
 
 Array = NDArray[np.float64]
 _RUN = regex.compile(r"[\w\p{M}]+|[^\w\s\p{M}]+")
@@ -95,17 +95,17 @@ class DSIR(Section):
         weights, counts = problem.once(("dsir", self), lambda: self._log_weights(problem))
         rng, left = np.random.default_rng(seed), np.ones(weights.shape[1], dtype=bool)
         shares = proportional_shares(counts, min(k, len(left)))
-        drawn: list[tuple[float, int, int]] = []  # when it is drawn, in shares of its group; row; group
+        drawn = []
         for group, share in enumerate(shares.tolist()):
             keys = weights[group] + (rng.gumbel(size=len(left)) if self.noise else 0)
             chosen = np.argsort(np.where(left, -keys, np.inf), kind="stable")[:share]
             left[chosen] = False
-            drawn += [((rank + 0.5) / share, group, row) for rank, row in enumerate(chosen.tolist())]
-        order = [(row, group) for _, group, row in sorted(drawn)]
-        evidence: dict[str, Any] = {"log_weights": [float(weights[group, row]) for row, group in order]}
+            drawn.append(chosen)
+        rows, groups = interleaved(drawn)
+        evidence: dict[str, Any] = {"log_weights": weights[groups, rows].tolist()}
         if self.per_group:
-            evidence["group"] = [group for _, group in order]
-        return Selection.ranked([row for row, _ in order], evidence)
+            evidence["group"] = groups.tolist()
+        return Selection.ranked(rows, evidence)
 
     def _log_weights(self, problem: SelectionProblem) -> tuple[Array, NDArray[np.int64]]:
         """Log weights [q, N] for q bags of the target, and the counts [q] of each."""

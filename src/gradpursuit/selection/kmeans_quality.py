@@ -5,20 +5,29 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from gradpursuit.config import Section, Whole
 from gradpursuit.gradients.forward import EMBEDDING
 from gradpursuit.selection.base import Needs, Selection, SelectionProblem, Settings
+from gradpursuit.selection.clusters import cluster_labels, proportional_shares
 
 
 class KMeansQuality(Section):
     """kMQ (arXiv 2409.11378): k-means on embeddings, budgets by the clusters' sizes, sampling by quality inside.
 
-    Embeddings are the base model's own, brought to unit length; quality is one over the perplexity that the base model
-    gives the answer (the authors also use a reward model and a judge, which are better and are other models). Rows are
-    drawn without replacement, with probabilities in proportion to quality within each cluster.
+    This is the paper's static form. It differs from the paper and the authors' code
+    (for-ai/iterative-data-selection):
+
+    * Budgets of clusters are in proportion to their sizes, as in the paper's §2, by largest remainders. The code
+      gives every cluster the same number of rows, and loses what small clusters do not have.
+    * Rows are drawn without replacement, in proportion to quality within a cluster, as in the code; Eq. 3
+      draws with it.
+    * Quality is one over the perplexity that the base model gives the answer. The authors' Deita scores, reward models
+      and judges are better, and are other models.
+    * Embeddings are the base model's own, of prompt and answer, at unit length; one start of k-means.
+    * `clusters` is the square root of the number of rows; the authors use 512 to 4,096.
+    * The iterative form (§2: new budgets after every round, by what the model has learnt) is not here.
     """
 
     source: ClassVar[str] = "Yu, Chen, Ahmadian, Fadaee, arXiv 2409.11378 (kMQ)"
@@ -36,7 +45,8 @@ class KMeansQuality(Section):
     def select(self, problem: SelectionProblem, k: int, seed: int) -> Selection:
         """`k` rows, drawn anew for every seed, in random order."""
         pool = problem.pool[EMBEDDING.label]
-        labels = problem.once(("clusters", self, seed), lambda: self._clusters(pool.at(0), seed))
+        count = self.clusters or round(len(problem.ids) ** 0.5)
+        labels = problem.once(("clusters", count, seed), lambda: cluster_labels(pool.at(0), count, seed))
         log_quality = -pool.columns["loss"][0].astype(np.float64)
         rng = np.random.default_rng(seed)
         draw = rng.gumbel(size=len(labels)) + (log_quality if self.quality == "perplexity" else 0)
@@ -48,21 +58,3 @@ class KMeansQuality(Section):
         ]
         found = rng.permutation(np.concatenate(chosen))
         return Selection.ranked(found, {"clusters": int((sizes > 0).sum()), "cluster": labels[found].tolist()})
-
-    def _clusters(self, embeddings: NDArray[np.float64], seed: int) -> NDArray[np.int64]:
-        from sklearn.cluster import KMeans
-
-        unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
-        wanted = self.clusters or round(len(unit) ** 0.5)
-        count = min(wanted, len(np.unique(unit, axis=0)))
-        labels: NDArray[np.int64] = KMeans(count, n_init=1, random_state=seed).fit(unit).labels_.astype(np.int64)
-        return labels
-
-
-def proportional_shares(sizes: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-    """k shared out in proportion to `sizes` [c], none above its size: largest remainders, ties in order."""
-    exact = k * sizes / sizes.sum()
-    shares = np.floor(exact).astype(np.int64)
-    largest = np.argsort(-(exact - shares), kind="stable")[: k - shares.sum()]
-    shares[largest] += 1
-    return shares

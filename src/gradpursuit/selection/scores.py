@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from gradpursuit.config import Fraction, MatchingSection, Section
+from gradpursuit.config import Fraction, MatchingSection, Number, Section
 from gradpursuit.gradients.forward import EMBEDDING
 from gradpursuit.gradients.preconditioner import Preconditioner, PreconditionerLabel
 from gradpursuit.selection.base import FeatureKind, Selection, SelectionProblem, Settings
 
 Array = NDArray[np.float64]
 Reducer = Literal["mean", "max"]
+TRIM = (
+    "the highest scores that are left out first, as they are often wrong answers: a share of the rows, or 2sd: those "
+    "above the mean by more than two standard deviations"
+)
 
 
 def reduced(scores: Array, reducer: Reducer) -> Array:
@@ -92,16 +96,45 @@ class KeepSection(Section):
 
     keep: Literal["hardest", "easiest", "band"] = Field("hardest", description="the k highest, the k lowest, or a band")
     band: Fraction = Field(0.5, description="centre of the band, as a quantile of the scores: 0.5 is the median")
+    trim: Literal["2sd"] | Number | None = Field(None, description=TRIM)
+
+    @field_validator("trim", mode="after")
+    @classmethod
+    def _a_share(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, float | int) and not 0 <= value < 1:
+            raise ValueError("a share of the rows from 0 to below 1, 2sd, or null")
+        return value
 
     def kept(self, scores: Array, k: int) -> Selection:
         """The `k` rows of [N] that are to be kept, the one furthest to the wanted side (or nearest the centre) first.
 
-        Equal scores are in pool order.
+        Equal scores are in pool order. Fewer than `k` are kept if fewer are left after `trim`.
         """
+        order = self.ordered(scores)
+        evidence: dict[str, Any] = {"scores": scores[order[:k]].tolist()}
+        if trimmed := len(scores) - len(order):
+            evidence["trimmed"] = trimmed
+        return Selection.ranked(order[:k], evidence)
+
+    def ordered(self, scores: Array) -> NDArray[np.int64]:
+        """Positions of all rows that `trim` leaves, int64, in the order in which they are kept."""
+        highest = np.argsort(-scores, kind="stable")
+        left = np.ones(len(scores), dtype=bool)
+        left[highest[: self._trimmed(scores)]] = False
         if self.keep == "hardest":
-            return Selection.best(scores, k)
+            return highest[left[highest]]
         order = np.argsort(scores, kind="stable")
+        order = order[left[order]]
         if self.keep == "band":
-            centre = self.band * (len(scores) - 1)
-            order = order[np.argsort(np.abs(np.arange(len(scores)) - centre), kind="stable")]
-        return Selection.ranked(order[:k], {"scores": scores[order[:k]].tolist()})
+            centre = self.band * (len(order) - 1)
+            order = order[np.argsort(np.abs(np.arange(len(order)) - centre), kind="stable")]
+        return order
+
+    def _trimmed(self, scores: Array) -> int:
+        """How many rows are left out, a share rounded down."""
+        if self.trim is None:
+            return 0
+        if self.trim == "2sd":
+            spread = scores.std(ddof=1) if len(scores) > 1 else 0.0
+            return int((scores > scores.mean() + 2 * spread).sum())
+        return int(float(self.trim) * len(scores) + 1e-9)
