@@ -2,7 +2,7 @@
 
     python benchmarks/dsir.py [--draws 3] [--markdown FILE]
 
-The tasks are those of the quickstart and the development targets of the BIG-bench benchmark, without the targets that
+The tasks are the quickstart's and the development targets of the BIG-bench benchmark, without the targets that
 benchmark reports. Each task in turn is the target, with 8 to 64 rows; other rows of it are in the pool, beside as many
 of every other task. As many rows as the task has in the pool are drawn, 50 at most. Nothing is trained; no model is
 needed.

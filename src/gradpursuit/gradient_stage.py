@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     FeatureKind = Preconditioner | Signal
 
 logger = logging.getLogger("gradpursuit")
-FEATURE_OPTIONS = ("preconditioner", "features", "like")  # of this package's strategies; the others change no feature
+FEATURE_OPTIONS = (
+    "preconditioner",
+    "features",
+    "like",
+    "clusters",
+)  # of this package's strategies; the others change no feature
 _NAMED = 5  # damaged shards of one store that are named
 
 

@@ -18,7 +18,7 @@ from gradpursuit.errors import RunError
 from gradpursuit.files import read_json, sha256_of, write_json
 
 FORMAT = 1
-SELECTION_FORMAT = 2  # of the files of a selection; those in another format are made anew
+SELECTION_FORMAT = 3  # of a selection's files and of the strategies' defaults; those in another format are made again
 State = Literal["new", "unfinished", "outdated", "damaged", "complete"]
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors")
 
