@@ -73,7 +73,7 @@ def test_the_problem_holds_the_signals(every: Job) -> None:
     np.testing.assert_allclose(losses[:1], problem.pool["embedding"].columns["loss"], rtol=1e-4)
     assert losses[0].mean() > losses[2].mean() + 0.1, "the base model, and the end of the warm-up"
     assert problem.text is not None
-    assert problem.text(problem.rows[3]) == "What is 3 plus 3?\n6", "without the chat template"
+    assert problem.text(problem.rows[3]) == "What is 3 plus 3?\nIt is 9.", "without the chat template"
     assert all("<" not in problem.text(row) for row in problem.target_rows)
     assert [row.id for row in problem.rows] == list(problem.ids)
     assert candidates.tolist() == list(range(31))
