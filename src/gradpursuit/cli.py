@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit import __version__
-from gradpursuit.console import at_work, console, ended_as_by_ctrl_c, quiet_libraries
+from gradpursuit.console import at_work, console, ended_as_by_ctrl_c, plain_streams, quiet_libraries
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
 from gradpursuit.export_verb import add_export_flags, asks_for_budget, export_with_budget
+from gradpursuit.shown import json_text, rich_console, shown
 
 if TYPE_CHECKING:
     from gradpursuit.config import RunConfig
@@ -38,26 +39,37 @@ SHORT = {"--engine": "--engine.name", "--address": "--engine.address"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for bad input, 130 when interrupted or asked to end (SIGTERM)."""
-    arguments, overrides = _parse(sys.argv[1:] if argv is None else argv)
+    with plain_streams():
+        return _run_verb(sys.argv[1:] if argv is None else argv)
+
+
+def _run_verb(argv: Sequence[str]) -> int:
+    arguments, overrides = _parse(argv)
     logging.getLogger("gradpursuit").setLevel(logging.DEBUG)
     try:
         with ended_as_by_ctrl_c(), console(quiet=arguments.quiet):
             arguments.verb(arguments, overrides)
             sys.stdout.flush()
     except GradPursuitError as error:
-        print(f"gradpursuit: error: {error}", file=sys.stderr)
+        _say(error, error.lines)
         return error.exit_code
     except BrokenPipeError:  # who reads the output, `head` for one, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to fail at exit
         return 141  # as of a program that the signal ends
     except OSError as error:  # the disk, wherever it fails
         place = f"{error.filename}: " if error.filename else ""
-        print(f"gradpursuit: error: {place}{error.strerror or error}; finished work is kept", file=sys.stderr)
+        _say(f"{place}{error.strerror or error}; finished work is kept")
         return 2
     except KeyboardInterrupt:
         print("gradpursuit: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _say(error: object, lines: Sequence[str] = ()) -> None:
+    """Print one message for an error; a line break that is none between `lines` is part of a value, and written out."""
+    text = "\n".join(map(shown, lines or [str(error)]))
+    print(f"gradpursuit: error: {text}", file=sys.stderr)
 
 
 def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -130,13 +142,11 @@ def inspect(arguments: argparse.Namespace, overrides: list[str]) -> None:
     data, holdout = made.config.data, made.config.evaluation.holdout
     found = look(data, made.renderer(), arguments.n, holdout, made.seed("holdout"), check=refuse_reserved_columns)
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        print(json_text(found.to_json()))
         return
-    from rich.console import Console
-
     from gradpursuit.report.rows import print_inspection
 
-    print_inspection(found, Console())
+    print_inspection(found, rich_console())
 
 
 def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
@@ -147,14 +157,12 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
     quiet_libraries()
     found = measure(named_config(arguments.config, overrides, arguments.run_dir))
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json_text(found.to_json()))
         return
-    from rich.console import Console
-
     from gradpursuit.report.terminal import cost_table, size
 
     costs = {name: (cost.seconds, cost.disk) for name, cost in found.stages.items()}
-    Console().print(cost_table(costs, found.full_training))
+    rich_console().print(cost_table(costs, found.full_training))
     memory = f"memory {size(found.memory)}" + (f", GPU memory {size(found.gpu_memory)}" if found.gpu_memory else "")
     print(f"measured on {found.compute}; {found.rows['pool']} rows of the pool, {memory}")
     print("from timed rows and steps of this data; a few seconds to start each stage are not counted")
@@ -174,11 +182,11 @@ def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     quiet_libraries()
     found = check(Run(read_config(folder / "config.yaml", overrides)), arguments.sample)
     if arguments.json:
-        print(json.dumps(found.to_json(), indent=2))
+        print(json_text(found.to_json()))
     else:
         print("".join(f"{line}\n" for line in (*map(check_line, found.checks), *found.outdated)), end="")
     if found.problems:
-        raise RunError("\n".join([f"{len(found.problems)} problems in {folder}:", *found.problems]))
+        raise RunError.of_lines([f"{len(found.problems)} problems in {folder}:", *found.problems])
     if not arguments.json:
         apart = "what is outdated apart, " if found.outdated else ""
         print(f"{folder}: {apart}every file is what was written, no row is missing")
@@ -198,7 +206,7 @@ def target_add(arguments: argparse.Namespace, overrides: list[str]) -> None:
     made = Run(config)
     with at_work(made):
         target = add_target(made, arguments.name, files, replace=arguments.replace)
-    following = f"gradpursuit select {made.folder} --selection.target {target.name}"
+    following = shlex.join(["gradpursuit", "select", str(made.folder), "--selection.target", target.name])
     done = Done(target.folder, [target.folder / "data", target.folder / "gradients"], following)
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 
@@ -213,7 +221,7 @@ def target_list(arguments: argparse.Namespace, overrides: list[str]) -> None:
     made = Run(begun_config(arguments.run, overrides), quick=True)
     found = [target.describe() for target in targets(made)]
     if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json_text(found))
     else:
         print("\n".join(target_lines(found)) if found else f"{made.folder}: no target was added")
 
@@ -224,7 +232,7 @@ def strategies(arguments: argparse.Namespace, overrides: list[str]) -> None:
 
     found = describe_strategies()
     if arguments.json:
-        print(json.dumps(found, indent=2, ensure_ascii=False))
+        print(json_text(found))
         return
     from gradpursuit.status import strategy_lines
 
@@ -250,7 +258,7 @@ def _execute(
     if upto == "report":
         done = Done(made.folder, files, _view(made.folder / "report.html"), *_outcome(made))
     else:
-        done = Done(made.folder, files, f"gradpursuit {NEXT[upto]} {made.folder}")
+        done = Done(made.folder, files, shlex.join(["gradpursuit", NEXT[upto], str(made.folder)]))
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 
 
@@ -309,7 +317,7 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     text = "check every file of a run against its sha256, find missing rows, compute some features again"
     verb = verbs.add_parser("verify", help=text, description=f"{text}; changes nothing", epilog=OVERRIDES)
     verb.add_argument("run", metavar="RUN", help="a run folder")
-    verb.add_argument("--sample", type=int, default=8, help="rows of each split to compute again (default: 8)")
+    verb.add_argument("--sample", type=_count, default=8, help="rows of each split to compute again (default: 8)")
     verb.set_defaults(verb=verify)
     _add_target_verbs(verbs.add_parser("target", help="add a target to a finished run, or list those it has"))
     _add_output_flags(verbs)

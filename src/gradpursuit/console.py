@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from gradpursuit import durable
 from gradpursuit.progress import Progress, listening
+from gradpursuit.shown import escaped, rich_console, shown
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -54,7 +55,7 @@ class Console(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record; one of progress stays on the last line of a terminal."""
-        text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        text = ("warning: " if record.levelno >= logging.WARNING else "") + shown(record.getMessage())
         if self._bars is None:
             print(text, file=sys.stderr, flush=True)
         elif getattr(record, "progress", False):
@@ -67,9 +68,7 @@ class Bars:
     """The work at hand on a terminal: a bar for each, with rate and time left; without one, what was last told."""
 
     def __init__(self) -> None:
-        from rich.console import Console as RichConsole
-
-        self._console = RichConsole(stderr=True, highlight=False)
+        self._console = rich_console(stderr=True, highlight=False)
         self._display: Display | None = None
         self._tasks: dict[object, TaskID] = {}
 
@@ -108,10 +107,10 @@ class Bars:
         speed = f"{rate:.3g}/s" if rate else ""
         self._display.update(
             self._tasks[key],
-            description=escape(what),
+            description=escape(shown(what)),
             completed=done,
             total=total,
-            count=count,
+            count=escape(shown(count)),
             rate=speed,
             refresh=True,
         )
@@ -140,6 +139,36 @@ def _display(console: RichConsole) -> Display:
         transient=True,
         refresh_per_second=4,
     )
+
+
+class Plain:
+    """A stream that writes out control characters of whatever is printed, also by libraries and `argparse`.
+
+    stream: where it goes. secrets: whether secrets are taken out, too.
+    """
+
+    def __init__(self, stream: TextIO, *, secrets: bool) -> None:
+        self.stream, self._secrets = stream, secrets
+
+    def write(self, text: str) -> int:
+        """Print `text`; its line breaks stay."""
+        self.stream.write(shown(text, lines=True) if self._secrets else escaped(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """Whatever is printed in this block cannot steer the terminal; what goes to stderr is without secrets."""
+    out, err = sys.stdout, sys.stderr
+    sys.stdout = cast(TextIO, Plain(out, secrets=False))
+    sys.stderr = cast(TextIO, Plain(err, secrets=True))
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = out, err
 
 
 def is_terminal() -> bool:
@@ -186,6 +215,13 @@ class _LogFile(logging.StreamHandler[TextIO]):
         super().close()
 
 
+class _LogLine(logging.Formatter):
+    """One record, one line, but for a traceback; without control characters and secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=bool(record.exc_info))
+
+
 def _log_file(folder: Path) -> logging.Handler:
     from gradpursuit.files import disk_error
 
@@ -195,7 +231,7 @@ def _log_file(folder: Path) -> logging.Handler:
     except OSError as error:
         raise disk_error(error, folder / "log.txt") from error
     logging.raiseExceptions = False  # a full disk is told once, by whatever stage meets it
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_LogLine("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("gradpursuit").addHandler(handler)
     return handler
 

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 
 class GradPursuitError(Exception):
     """Root of the hierarchy; `str(error)` is the whole message for the user."""
 
     exit_code = 2
+    lines: tuple[str, ...] = ()
+
+    @classmethod
+    def of_lines(cls, lines: Iterable[str]) -> Self:
+        """An error whose message has several lines; in any other message a line break is part of a value."""
+        made = cls("\n".join(found := tuple(lines)))
+        made.lines = found
+        return made
 
 
 class ConfigError(GradPursuitError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def export_with_budget(arguments: argparse.Namespace, config: RunConfig) -> None
     with at_work(made):
         found = export_budget(made, request, **_given(arguments, *_MORE))
     files = [found.folder / name for name in found.figures]
-    following = f"gradpursuit compare {made.folder}"
+    following = shlex.join(["gradpursuit", "compare", str(made.folder)])
     sizes = {figures["rows"] for figures in found.figures.values()}
     if found.budget.limit and len(sizes) == 1:
         following += f" --evaluation.budgets {sizes.pop()}"

@@ -426,7 +426,9 @@ class Run:
 
         path = self.folder / "evaluation" / "summary.json"
         if not path.is_file():
-            raise RunError(f"{self.folder}: nothing has been compared yet; run `gradpursuit compare {self.folder}`")
+            raise RunError(
+                f"{self.folder}: nothing has been compared yet; run `{shlex.join(['gradpursuit', 'compare', str(self.folder)])}`"
+            )
         return from_json(read_json(path))
 
 

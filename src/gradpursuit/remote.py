@@ -17,14 +17,13 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 from gradpursuit import durable
 from gradpursuit.errors import ConfigError, GradPursuitError, RunError
+from gradpursuit.shown import without_secrets
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_SECRET_NAMES = re.compile(r"KEY|SECRET|TOKEN|PASS|CREDENTIAL|CONNECTION_STRING", re.IGNORECASE)
 _HEAD = 256 * 2**10  # bytes that hold the header of a shard and mostly all but its features
-_LEAST_SECRET = 8  # characters of a value of the environment that is taken for a secret
 
 
 def is_url(text: str) -> bool:
@@ -78,16 +77,6 @@ def place(text: str) -> Path:
     except (ValueError, TypeError) as error:
         raise ConfigError(f"'{text}' is no place that can be written to: {error}") from None
     return cast(Path, made)
-
-
-def without_secrets(message: str) -> str:
-    """A message of a library without users, passwords, signatures and keys of this environment."""
-    message = re.sub(r"//[^/@\s]*@", "//***@", message)
-    message = re.sub(r"(://[^\s?\"']*)\?[^\s\"']*", r"\1?***", message)
-    for name, value in os.environ.items():
-        if _SECRET_NAMES.search(name) and len(value) >= _LEAST_SECRET:
-            message = message.replace(value, "***")
-    return message
 
 
 def require_reached(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,7 +121,7 @@ def _splits(run: Run, problems: list[str], outdated: list[str]) -> Iterator[tupl
     """
     from gradpursuit.data import Table
 
-    yield from ((split, f"gradpursuit collect {run.folder}") for split in splits(run))
+    yield from ((split, shlex.join(["gradpursuit", "collect", str(run.folder)])) for split in splits(run))
     for target in targets(run):
         try:
             if trouble := target.trouble():

@@ -20,7 +20,8 @@ from gradpursuit.cluster.errors import reason_of
 from gradpursuit.config import EngineSection, build_config
 from gradpursuit.errors import ConfigError
 from gradpursuit.opening import read_config
-from gradpursuit.remote import place, without_secrets
+from gradpursuit.remote import place
+from gradpursuit.shown import without_secrets
 from jobs import Job
 
 ALONE = """

@@ -8,7 +8,7 @@ from typing import Any
 
 from gradpursuit import __version__
 from gradpursuit.errors import GradPursuitError, RunError, is_out_of_memory
-from gradpursuit.remote import without_secrets
+from gradpursuit.shown import without_secrets
 
 _TOLD = 300  # characters of what Ray says
 

@@ -39,7 +39,7 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
         lines = [f"{_origin(item['loc'], flags, where)}: {_explain(item, RunConfig)}" for item in _values(error)]
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError.of_lines(lines) from None
 
 
 # What pydantic adds to the place of a value for the member of a union that it was tried as.
@@ -56,7 +56,7 @@ def build_section(kind: type[SectionT], values: Mapping[str, Any], within: str) 
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(item, kind, within) for item in _values(error))) from None
+        raise ConfigError.of_lines(_explain(item, kind, within) for item in _values(error)) from None
 
 
 def _values(error: ValidationError) -> list[dict[str, Any]]:

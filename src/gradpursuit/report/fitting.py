@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,7 +43,7 @@ class Fitting:
             raise AbsentError(
                 f"the features of a pursuit ('{self._explainer.label}') were not collected, as no configured strategy "
                 "uses them; add gtp to selection.strategies and collect",
-                f"gradpursuit collect {run.folder}",
+                shlex.join(["gradpursuit", "collect", str(run.folder)]),
             )
         self._name, self._selection = primary, self._chosen[primary]
         largest = max(len(selection.indices) for selection in self._chosen.values())
@@ -139,7 +140,7 @@ class Fitting:
         if not others:
             raise AbsentError(
                 "the run has no other target to compare with",
-                f"gradpursuit target add {self._run.folder} --name OTHER --file other.jsonl",
+                f"gradpursuit target add {shlex.quote(str(self._run.folder))} --name OTHER --file other.jsonl",
             )
         indices = np.sort(self._selection.indices)
         found = []
@@ -170,7 +171,7 @@ class Fitting:
         if size > limit and not self._full:
             raise AbsentError(
                 f"this reads the {what} ({size / 2**30:.1f} GiB), which takes a while",
-                f"gradpursuit report {self._run.folder} --full",
+                f"gradpursuit report {shlex.quote(str(self._run.folder))} --full",
             )
 
 

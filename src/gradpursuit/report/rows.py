@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gradpursuit.data.inspection import Inspection, Shown
+from gradpursuit.shown import escaped
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is supervised
 
@@ -23,13 +23,13 @@ def print_inspection(found: Inspection, console: Console) -> None:
         console.print()
     console.print(Group(*_tables(found)))
     for line in _lines(found):
-        console.print(Text(_visible(line)), soft_wrap=True)
+        console.print(Text(escaped(line)), soft_wrap=True)
 
 
 def _head(row: Shown) -> Text:
     place = f"{row.file}:{row.line}" + (f" ({row.source})" if row.source != row.file else "")
     text = f"{row.split} {row.id}  {place}  {row.tokens} tokens, {row.supervised} supervised"
-    return Text(_visible(text), style="bold cyan")
+    return Text(escaped(text), style="bold cyan")
 
 
 def _marked(row: Shown) -> Text:
@@ -37,17 +37,10 @@ def _marked(row: Shown) -> Text:
     text = Text()
     for supervised, part in row.segments:
         if supervised:
-            text.append(OPEN, style="dim").append(_visible(part), style="bold green").append(CLOSE, style="dim")
+            text.append(OPEN, style="dim").append(escaped(part), style="bold green").append(CLOSE, style="dim")
         else:
-            text.append(_visible(part))
+            text.append(escaped(part))
     return text
-
-
-def _visible(text: str) -> str:
-    """`text` with control characters written out: data must not steer the terminal."""
-    return "".join(
-        char if char in "\n\t" or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}" for char in text
-    )
 
 
 def _tables(found: Inspection) -> Iterator[RenderableType]:
@@ -57,7 +50,7 @@ def _tables(found: Inspection) -> Iterator[RenderableType]:
     for split, by_source in found.sources.items():
         for source, schemas in by_source.items():
             for schema, rows in schemas.items():
-                sources.add_row(split, Text(_visible(source)), schema, str(rows))
+                sources.add_row(split, Text(escaped(source)), schema, str(rows))
     yield sources
     lengths = Table(title="Tokens of the rows that are kept (supervised)")
     lengths.add_column("split")
@@ -75,7 +68,7 @@ def _tables(found: Inspection) -> Iterator[RenderableType]:
         for heading in ("split", "reason", "rows", "first"):
             dropped.add_column(heading, justify="right" if heading == "rows" else "left", overflow="fold")
         for drop in found.dropped:
-            dropped.add_row(drop.split, Text(_visible(drop.reason)), str(drop.rows), Text(_visible(drop.first)))
+            dropped.add_row(drop.split, Text(escaped(drop.reason)), str(drop.rows), Text(escaped(drop.first)))
         yield dropped
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,12 @@ from math import isnan
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+
+from gradpursuit.shown import json_text, rich_console
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,11 +49,11 @@ class Done:
         if as_json:
             paths = [str(path) for path in self.files]
             value = {"folder": str(self.folder), "files": paths, "next": self.following, **self.data}
-            print(json.dumps(value, indent=2, ensure_ascii=False))
+            print(json_text(value))
             return
         piped = not sys.stdout.isatty()
         if not quiet:
-            console = Console(stderr=piped, highlight=False)
+            console = rich_console(stderr=piped, highlight=False)
             if not console.is_terminal:  # a file or a log has room
                 console.width = _WIDE
             for part in self.summary():
