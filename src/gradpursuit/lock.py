@@ -169,8 +169,8 @@ class RunLock:
         end = f"end it (`kill {owner.pid}` on {owner.host})" if owner else "end it"
         return (
             f"{self.folder}: another process is at work in this run folder: {owner or 'it does not say which'}. "
-            f"Nothing was changed. Wait for it (`gradpursuit status {shlex.quote(str(self.folder))}` shows how far it is), "
-            f"{end}, "
+            f"Nothing was changed. Wait for it (`gradpursuit status {shlex.quote(str(self.folder))}` shows "
+            f"how far it is), {end}, "
             "or choose another run folder"
         )
 

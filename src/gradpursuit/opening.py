@@ -9,7 +9,12 @@ from pathlib import Path
 from gradpursuit.aside import is_interrupted
 from gradpursuit.config import RunConfig, load_config
 from gradpursuit.errors import RunError
+<<<<<<< HEAD
 from gradpursuit.lock import RunLock, holder
+=======
+from gradpursuit.lock import holder
+from gradpursuit.remote import absolute
+>>>>>>> 28eed97 (Bounds on settings; broken configurations are one message; a generated test)
 from gradpursuit.remote import located as located_place
 from gradpursuit.sources import located
 
@@ -69,7 +74,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     if run_dir is not None:
         overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for
     config = load_config(path, overrides)
-    data, model = config.data, Path(config.model.path).expanduser()
+    data, model = config.data, absolute(config.model.path)
     files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
     absolute = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
     return config.model_copy(
@@ -78,7 +83,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
             "data": data.model_copy(update=absolute),
             "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
-            "model": config.model.model_copy(update={"path": str(model.resolve())}) if model.exists() else config.model,
+            "model": config.model.model_copy(update={"path": str(model)}) if model.exists() else config.model,
         }
     )
 
@@ -91,4 +96,4 @@ def _settle(folder: Path) -> None:
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return str(absolute(path))

@@ -426,9 +426,8 @@ class Run:
 
         path = self.folder / "evaluation" / "summary.json"
         if not path.is_file():
-            raise RunError(
-                f"{self.folder}: nothing has been compared yet; run `{shlex.join(['gradpursuit', 'compare', str(self.folder)])}`"
-            )
+            command = shlex.join(["gradpursuit", "compare", str(self.folder)])
+            raise RunError(f"{self.folder}: nothing has been compared yet; run `{command}`")
         return from_json(read_json(path))
 
 

@@ -33,7 +33,19 @@ def is_url(text: str) -> bool:
 
 def located(text: str | None) -> str | None:
     """A URL as it is, a path made absolute."""
-    return text if text is None or is_url(text) else str(Path(text).expanduser().resolve())
+    return text if text is None or is_url(text) else str(absolute(text))
+
+
+def absolute(text: str) -> Path:
+    """A path made absolute, `~` and links followed.
+
+    Raises:
+        ConfigError: it leads nowhere: a home folder of nobody, links that lead to themselves.
+    """
+    try:
+        return Path(text).expanduser().resolve()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise ConfigError(f"{text}: no usable path: {error}") from None
 
 
 def is_remote(path: Path) -> bool:

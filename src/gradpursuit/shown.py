@@ -54,7 +54,7 @@ _SECRETS = (
         re.compile(r"\b(" + _NAMES + r")(\s*=\s*|['\"]\s*:\s*(?=['\"]))(['\"]?)[^\s'\",;&)]+", re.IGNORECASE),
         r"\1\2\3***",
     ),
-    # Keys that are known by their looks: Hugging Face, GitHub, GitLab, OpenAI and others, AWS, Google, Slack, PyPI, JWT.
+    # Keys that are known by their looks.
     (
         re.compile(
             r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}"
@@ -107,7 +107,7 @@ def shown(text: str, *, lines: bool = False) -> str:
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON that is readable, and plain text for a terminal: what steers one is written as JSON escapes it."""
+    """`value` as JSON that is readable, and plain text for a terminal: JSON's escapes stand for what steers one."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return "".join(char if _is_plain(char, True) else json.dumps(char)[1:-1] for char in text)
 

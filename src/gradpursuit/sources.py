@@ -19,6 +19,7 @@ from typing import Literal
 from gradpursuit.config import SourceSection
 from gradpursuit.errors import DataError
 from gradpursuit.files import sha256_of, stamp_of
+from gradpursuit.remote import absolute
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 _SUFFIXES: dict[str, Kind] = {
@@ -205,6 +206,7 @@ def located(source: SourceSection) -> SourceSection:
 
 
 def located_path(path: str) -> str:
+<<<<<<< HEAD
     """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is.
 
     Raises:
@@ -217,6 +219,10 @@ def located_path(path: str) -> str:
     except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
         said = "Too many levels of symbolic links" if isinstance(error, RuntimeError) else error.strerror or error
         raise DataError(f"{path:.300}: cannot be read: {said}") from None
+=======
+    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is."""
+    return path if is_hub_id(path) else str(absolute(path))
+>>>>>>> 28eed97 (Bounds on settings; broken configurations are one message; a generated test)
 
 
 Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path

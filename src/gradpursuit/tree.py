@@ -10,6 +10,10 @@ import yaml
 
 from gradpursuit.errors import ConfigError
 
+_MOST_BYTES = 4 * 2**20
+_MOST_VALUES = 100_000
+_DEEPEST = 50
+
 
 def read_tree(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds.
@@ -18,18 +22,81 @@ def read_tree(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, not YAML, or holds something else.
     """
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: not a file; give the configuration, a YAML file")
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path}: more than {_MOST_BYTES:,} bytes, which no configuration is")
+        tree = read_yaml(content.decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}; a configuration is text in UTF-8") from None
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that no calendar has
+        raise ConfigError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from None
+    except ValueError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as 'model:' and 'data:', found {type(tree).__name__}")
     return tree
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text means; plain values, lists and mappings alone.
+
+    Raises:
+        ConfigError: a key is given twice, or it holds what no setting can be: a date, bytes, a set, NUL, an alias of
+            what it lies in.
+        ValueError: it is not YAML.
+    """
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError("nested too deep") from None
+    except Exception as error:  # tags with values that do not fit them (!!bool x) fail in many ways
+        raise ValueError(
+            str(error) if isinstance(error, yaml.YAMLError) else f"{type(error).__name__}: {error}"
+        ) from None
+    _require_plain(value)
+    return value
+
+
+def _require_plain(value: Any) -> None:
+    """Refuse what no setting can be. Aliases count as often as they are used, so that a short text stays small."""
+    rest: list[tuple[str, Any, int]] = [("", value, 0)]
+    for _ in range(_MOST_VALUES):
+        if not rest:
+            return
+        key, found, depth = rest.pop()
+        where = f"'{key}': " if key else ""
+        if depth > _DEEPEST:
+            raise ConfigError(f"{where}nested too deep")
+        if isinstance(found, dict):
+            if odd := [name for name in found if not isinstance(name, str)]:
+                raise ConfigError(f"{where}the key {odd[0]!r} is no text for YAML; write it in quotes")
+            inside = [(f"{key}.{name}".lstrip("."), item) for name, item in found.items()]
+            for name in found:
+                _require_text(name, where)
+        elif isinstance(found, list):
+            inside = [(f"{key}.{number}".lstrip("."), item) for number, item in enumerate(found)]
+        elif found is None or isinstance(found, bool | int | float):
+            inside = []
+        elif isinstance(found, str):
+            _require_text(found, where)
+            inside = []
+        else:
+            kind = type(found).__name__
+            raise ConfigError(f"{where}YAML takes this value for a {kind}; write it in quotes if it is a text")
+        rest += [(name, item, depth + 1) for name, item in inside]
+    raise ConfigError(f"more than {_MOST_VALUES:,} values, which no configuration has")
+
+
+def _require_text(text: str, where: str) -> None:
+    if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        raise ConfigError(f"{where}{text!r} holds a NUL or bytes that are not UTF-8")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -37,10 +104,12 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping after looking for repeated keys."""
-        names = [(key.value, key.start_mark.line + 1) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, (name, line) in enumerate(names):
-            if name in [earlier for earlier, _ in names[:index]]:
-                raise ConfigError(f"line {line}: the key '{name}' is given twice")
+        given: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in given:
+                    raise ConfigError(f"line {key.start_mark.line + 1}: the key '{key.value}' is given twice")
+                given.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -60,6 +129,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not text.strip():
         raise ConfigError(f"flag '--{key}' has no value: write --{key} VALUE, or null for none")
     *sections, name = key.split(".")
+    _require_text(override, f"flag '--{key}': ")
+    if not all([*sections, name]):
+        raise ConfigError(f"flag '--{key}': expected section.key, as in --selection.k 50")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -67,6 +139,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"flag '--{key}': '{section}' is a value, not a section")
     try:
-        tree[name] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        tree[name] = read_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"flag '--{key}': {error}") from None
+    except ValueError:
         tree[name] = text

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_serializer, model_validator
 
-from gradpursuit.config.values import Number, Section, Whole, listed
+from gradpursuit.config.values import Number, Section, Whole, listed, without_secrets
+from gradpursuit.remote import is_url
 
 Turns = Literal["assistant", "last-turn", "full"]
 ColumnName = Literal[
@@ -46,6 +47,11 @@ class SourceSection(Section):
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("path", "name")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        return without_secrets(value, "the URL of a source") if value and is_url(value) else value
 
     @model_serializer
     def _shortest(self) -> str | dict[str, Any]:
@@ -106,7 +112,7 @@ class DataSection(Section):
         le=1,
         description="share of that text from which a part of it, in runs of eight words, counts; null: the whole alone",
     )
-    max_tokens: Whole = Field(1024, ge=8, description="longer rows are dropped, never cut")
+    max_tokens: Whole = Field(1024, ge=8, le=2**22, description="longer rows are dropped, never cut")
     max_dropped: Number = Field(
         0.5, ge=0, le=1, description="share of a split's rows that may be unusable before it is an error"
     )

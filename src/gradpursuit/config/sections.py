@@ -30,8 +30,8 @@ PreconditionerName = Literal["adam-symmetric", "adam", "adam-centered", "identit
 class LoraSection(Section):
     """The adapter that is trained and whose gradients are followed."""
 
-    r: Whole = Field(8, ge=1, description="rank of the adapter")
-    alpha: Whole = Field(16, ge=1, description="LoRA alpha; the adapter's output is scaled by alpha / r")
+    r: Whole = Field(8, ge=1, le=65_536, description="rank of the adapter")
+    alpha: Whole = Field(16, ge=1, le=2**20, description="LoRA alpha; the adapter's output is scaled by alpha / r")
     target_modules: str | list[str] = Field(
         "all-linear", description="'all-linear', a list of module names, or a regular expression"
     )
@@ -72,6 +72,11 @@ class ModelSection(Section):
         others = {name: setting for name, setting in value.items() if name != "lora"}
         return others if value.get("layers") is None else {**others, "lora": None}
 
+    @field_validator("path")
+    @classmethod
+    def _no_secrets(cls, value: str) -> str:
+        return without_secrets(value, "the URL of a model") if is_url(value) else value
+
     @field_validator("layers")
     @classmethod
     def _expression(cls, value: str | None) -> str | None:
@@ -97,10 +102,10 @@ class WarmupSection(Section):
         "checkpoint-*; all of them are followed, nothing is trained, and no other setting of this section may be given",
     )
     fraction: Fraction = Field(0.1, description="share of the pool to train on, drawn with the seed")
-    epochs: Whole = Field(3, ge=1, description="passes over that share")
-    checkpoints: Whole = Field(3, ge=1, description="T: checkpoints kept, evenly spaced over the steps")
-    batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
-    learning_rate: Number = Field(2e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+    epochs: Whole = Field(3, ge=1, le=10_000, description="passes over that share")
+    checkpoints: Whole = Field(3, ge=1, le=10_000, description="T: checkpoints kept, evenly spaced over the steps")
+    batch_size: Whole = Field(8, ge=1, le=2**20, description="examples per optimizer step")
+    learning_rate: Number = Field(2e-4, gt=0, le=10, description="peak learning rate of AdamW, linear decay")
 
     @model_validator(mode="after")
     def _nothing_is_trained(self) -> WarmupSection:
@@ -116,9 +121,9 @@ class GradientsSection(Section):
     preconditioner: PreconditionerName = Field(
         "adam-symmetric", description="what turns a gradient into the direction the optimizer would move"
     )
-    dim: Whole = Field(4096, ge=16, description="d: size of the sketched feature")
-    nonzeros: Whole = Field(2, ge=1, description="rows of the sketch that every coordinate goes to")
-    tokens_per_batch: Whole = Field(1024, ge=16, description="padded tokens in one backward pass")
+    dim: Whole = Field(4096, ge=16, le=2**20, description="d: size of the sketched feature")
+    nonzeros: Whole = Field(2, ge=1, le=64, description="rows of the sketch that every coordinate goes to")
+    tokens_per_batch: Whole = Field(1024, ge=16, le=2**24, description="padded tokens in one backward pass")
     store_dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
         "float32", description="element type on disk: 4, 2, 2 or 1 bytes"
     )
@@ -155,7 +160,9 @@ class MatchingSection(Section):
         description="project the features of every checkpoint onto the top right singular "
         "vectors of the target's or of the pool's features there",
     )
-    rank: Whole = Field(32, ge=1, description="r: dimensions of that subspace; fewer where the features have fewer")
+    rank: Whole = Field(
+        32, ge=1, le=65_536, description="r: dimensions of that subspace; fewer where the features have fewer"
+    )
 
     @field_validator("checkpoints", mode="before")
     @classmethod
@@ -176,15 +183,15 @@ class MatchingSection(Section):
 class PursuitSection(MatchingSection):
     """The joint selection."""
 
-    alpha: Number = Field(0.3, ge=0, description="ridge, relative to the mean squared column norm")
+    alpha: Number = Field(0.3, ge=0, le=1e6, description="ridge, relative to the mean squared column norm")
     targets: Literal["mean", "balanced", "split"] = Field(
         "mean",
         description="several target groups (files): pursue the mean of their means, all with one support, or each with "
         "its share of the budget",
     )
-    max_iter: Whole = Field(50, ge=1, description="pursuit iterations per layer")
+    max_iter: Whole = Field(50, ge=1, le=10**6, description="pursuit iterations per layer")
     tol: Number | None = Field(
-        None, ge=0, description="smallest relative improvement of the objective to go on; null: by the budget"
+        None, ge=0, le=1, description="smallest relative improvement of the objective to go on; null: by the budget"
     )
     saturation: Literal["layers", "stop"] = Field(
         "layers", description="what to do when fewer than k examples fit: pursue again without them, or stop"
@@ -195,6 +202,7 @@ class PursuitSection(MatchingSection):
     parts: Whole = Field(
         1,
         ge=1,
+        le=65_536,
         description="above 1, on Ray: the pool is cut into so many parts, each is pursued by itself, and then the "
         "winners of all; one round of communication, not the exact answer",
     )
@@ -209,7 +217,7 @@ class SelectionSection(Section):
         description="settings of single strategies: {less: {reducer: mean}} re-sets one that exists, {mine: {selector: "
         "topk, preconditioner: adam}} makes a new one that `strategies` can name",
     )
-    k: Whole | None = Field(None, ge=1, description="examples to choose; or give a fraction")
+    k: Whole | None = Field(None, ge=1, le=2**31 - 1, description="examples to choose; or give a fraction")
     fraction: Fraction | None = Field(None, description="share of the cleaned pool to choose; or give k")
     target: str | None = Field(
         None, description="a target that `gradpursuit target add` added to the run; null: the one of data.target"
@@ -253,13 +261,18 @@ class EvaluationSection(Section):
         False, description="also multiple-choice accuracy of held-out rows with `choices`; needs gradpursuit[eval]"
     )
     crossed: bool = Field(False, description="score every subset on all targets: do the others gain from it as well?")
-    seeds: Whole = Field(3, ge=1, description="fine-tuning runs per subset; stochastic strategies draw anew for each")
-    steps: Whole | None = Field(
-        None, ge=1, description="optimizer steps of equal-steps; null: `epochs` passes over the largest budget"
+    seeds: Whole = Field(
+        3, ge=1, le=1000, description="fine-tuning runs per subset; stochastic strategies draw anew for each"
     )
-    epochs: Whole = Field(3, ge=1, description="passes of equal-epochs over the k examples of a budget")
-    batch_size: Whole = Field(8, ge=1, description="examples per optimizer step")
-    learning_rate: Number = Field(5e-4, gt=0, description="peak learning rate of AdamW, linear decay")
+    steps: Whole | None = Field(
+        None,
+        ge=1,
+        le=10**7,
+        description="optimizer steps of equal-steps; null: `epochs` passes over the largest budget",
+    )
+    epochs: Whole = Field(3, ge=1, le=10_000, description="passes of equal-epochs over the k examples of a budget")
+    batch_size: Whole = Field(8, ge=1, le=2**20, description="examples per optimizer step")
+    learning_rate: Number = Field(5e-4, gt=0, le=10, description="peak learning rate of AdamW, linear decay")
     use_weights: bool = Field(False, description="multiply each example's loss by its weight (mean 1)")
     holdout: Number = Field(
         0.3,
@@ -297,8 +310,10 @@ class EngineSection(Section):
         description="host:port of the cluster's head, or 'auto' for the one that runs on this machine; null: start one "
         "on this machine, for this command alone",
     )
-    workers: Whole | None = Field(None, ge=1, description="worker processes; null: as many as there is room for")
-    cpus: Whole = Field(1, ge=1, description="cores of each worker")
+    workers: Whole | None = Field(
+        None, ge=1, le=10_000, description="worker processes; null: as many as there is room for"
+    )
+    cpus: Whole = Field(1, ge=1, le=4096, description="cores of each worker")
 
     @field_validator("address")
     @classmethod
@@ -320,7 +335,7 @@ class RunConfig(Section):
     """Everything that determines a run; saved, resolved, as `config.yaml` in the run folder."""
 
     run_dir: str | None = Field(None, min_length=1, description="the run folder; default runs/<name of the file>")
-    seed: Whole = Field(0, ge=0, description="the one seed; every use derives its own from it")
+    seed: Whole = Field(0, ge=0, le=2**32 - 1, description="the one seed; every use derives its own from it")
     model: ModelSection
     data: DataSection
     warmup: WarmupSection = WarmupSection()

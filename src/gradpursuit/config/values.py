@@ -56,7 +56,7 @@ def _budget(value: Any) -> Any:
         number = float(number) if isinstance(number, str) else number
     except ValueError:
         raise ValueError(expected) from None
-    if not number > 0 or (isinstance(number, float) and number > 1):
+    if not 0 < number < 2**31 or (isinstance(number, float) and number > 1):
         raise ValueError("a count of examples is at least 1, a share of the pool above 0 and at most 1")
     return number
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ class Strategy:
             if not self.distribution:
                 raise
             raise SelectionError(self._failure("its select() failed", error)) from error
-        if wrong := _what_is_wrong(found, len(problem.ids), k):
+        if wrong := _checked(found, len(problem.ids), k):
             raise SelectionError(self._failure(f"its select() gave {wrong}"))
         return found
 
@@ -228,6 +229,22 @@ def _check_name(name: str, within: str) -> None:
         target_name(name)
     except ValueError as error:
         raise ConfigError(f"{within}: {str(error).replace('target', 'strategy')}") from None
+
+
+def _checked(found: Any, N: int, k: int) -> str:
+    """As :func:`_what_is_wrong`, also of smaller budgets and of evidence, whatever they are."""
+    try:
+        if wrong := _what_is_wrong(found, N, k):
+            return wrong
+        for smaller in found.path:
+            if wrong := _what_is_wrong(smaller, N, k):
+                return f"a path with {wrong}"
+        json.dumps([found.evidence, *(smaller.evidence for smaller in found.path)])
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
+        return (
+            f"evidence, arrays or a path that are none, or cannot be written as JSON ({type(error).__name__}: {error})"
+        )
+    return "" if isinstance(found.evidence, dict) else f"evidence that is no dict, but {type(found.evidence).__name__}"
 
 
 def _what_is_wrong(found: Any, N: int, k: int) -> str:
