@@ -9,12 +9,8 @@ from pathlib import Path
 from gradpursuit.aside import is_interrupted
 from gradpursuit.config import RunConfig, load_config
 from gradpursuit.errors import RunError
-<<<<<<< HEAD
 from gradpursuit.lock import RunLock, holder
-=======
-from gradpursuit.lock import holder
 from gradpursuit.remote import absolute
->>>>>>> 28eed97 (Bounds on settings; broken configurations are one message; a generated test)
 from gradpursuit.remote import located as located_place
 from gradpursuit.sources import located
 

@@ -206,7 +206,6 @@ def located(source: SourceSection) -> SourceSection:
 
 
 def located_path(path: str) -> str:
-<<<<<<< HEAD
     """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is.
 
     Raises:
@@ -219,10 +218,6 @@ def located_path(path: str) -> str:
     except (OSError, RuntimeError) as error:  # links in a circle, a name that is too long
         said = "Too many levels of symbolic links" if isinstance(error, RuntimeError) else error.strerror or error
         raise DataError(f"{path:.300}: cannot be read: {said}") from None
-=======
-    """The absolute path of a file, folder or glob, by which it is found from anywhere; a hub id stays as it is."""
-    return path if is_hub_id(path) else str(absolute(path))
->>>>>>> 28eed97 (Bounds on settings; broken configurations are one message; a generated test)
 
 
 Hashes = Mapping[str, Mapping[str, str]]  # sha256 of every file, saved folder and hub id, by split and path
