@@ -1,10 +1,10 @@
-"""Configurations and flags that somebody broke: one message, no hang, nothing written. Seeded; a failure names its seed."""
+"""Configurations and flags that somebody broke: one message, no hang, nothing written. A failure names its seed."""
 
 from __future__ import annotations
 
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,79 @@ from gradpursuit.opening import read_config
 CASES = 1000
 SECONDS = 5
 VALUES: list[Any] = [
-    1e300, -1e300, float("nan"), float("inf"), -float("inf"), 10**30, 10**400, -1, 0, 2**32, 2**63, True, None, "", "\0",
-    "no", "1e3", "0x", [], {}, [[]], [None], {"a": {}}, "~nosuchuser/x", "https://me:secret@host/x", "a" * 5000, "\ud800",
-    "::", "!!binary", [1, 1], 0.5, -0.0, 5e-324, "null", "*", "/dev/zero", "\u202e", ["a", "a"],
-]  # fmt: skip
+    1e300,
+    -1e300,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    10**30,
+    10**400,
+    -1,
+    0,
+    2**32,
+    2**63,
+    True,
+    None,
+    "",
+    "\0",
+    "no",
+    "1e3",
+    "0x",
+    [],
+    {},
+    [[]],
+    [None],
+    {"a": {}},
+    "~nosuchuser/x",
+    "https://me:secret@host/x",
+    "a" * 5000,
+    "\ud800",
+    "::",
+    "!!binary",
+    [1, 1],
+    0.5,
+    -0.0,
+    5e-324,
+    "null",
+    "*",
+    "/dev/zero",
+    "\u202e",
+    ["a", "a"],
+]
 TEXTS = [
-    "", "\ufeff", "a", "[]", "- a", "a: b: c", "\tmodel:", "a: &a [*a]", "&a {a: *a}", "a: !!binary aGk=", "a: 2024-01-01",
-    "a: !!python/object:os.system x", "a: !!bool x", "a: !!int ''", "a: !!timestamp x", "a: !!set {b}", "1: b", "? [a]\n: b",
-    "a: 1\na: 2", "a: " + "[" * 20_000, "a: " + "{b: " * 3000, "a: 9" + "9" * 5000, "--- a\n--- b", "%YAML 9", "a: *b",
-    "a: &x [1,1,1,1,1,1,1,1,1,1]\n" + "\n".join(
-        f"a{i}: &x{i} [{','.join([f'*x{i - 1}' if i else '*x'] * 10)}]" for i in range(12)
-    ),
-    "&a {<<: *a}", "a: \x00", "a: \x1b", "a: 1:2:3", "a: 99999-99-99",
-]  # fmt: skip
+    "",
+    "\ufeff",
+    "a",
+    "[]",
+    "- a",
+    "a: b: c",
+    "\tmodel:",
+    "a: &a [*a]",
+    "&a {a: *a}",
+    "a: !!binary aGk=",
+    "a: 2024-01-01",
+    "a: !!python/object:os.system x",
+    "a: !!bool x",
+    "a: !!int ''",
+    "a: !!timestamp x",
+    "a: !!set {b}",
+    "1: b",
+    "? [a]\n: b",
+    "a: 1\na: 2",
+    "a: " + "[" * 20_000,
+    "a: " + "{b: " * 3000,
+    "a: 9" + "9" * 5000,
+    "--- a\n--- b",
+    "%YAML 9",
+    "a: *b",
+    "a: &x [1,1,1,1,1,1,1,1,1,1]\n"
+    + "\n".join(f"a{i}: &x{i} [{','.join([f'*x{i - 1}' if i else '*x'] * 10)}]" for i in range(12)),
+    "&a {<<: *a}",
+    "a: \x00",
+    "a: \x1b",
+    "a: 1:2:3",
+    "a: 99999-99-99",
+]
 
 
 @contextmanager
@@ -46,6 +106,18 @@ def in_time() -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def refusal(call: Callable[[], object], what: str) -> str | None:
+    """The message with which `call` refuses; None: it does not."""
+    try:
+        with in_time():
+            call()
+    except GradPursuitError as error:
+        return str(error)
+    except BaseException as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    return None
 
 
 def fields() -> list[str]:
@@ -68,15 +140,9 @@ def test_broken_settings(tmp_path: Path) -> None:
         made = random.Random(seed)
         key, value = made.choice(fields()), made.choice(VALUES)
         flags = [f"{key}={flag_of(value)}"]
-        try:
-            with in_time():
-                read_config(path, flags).dump()
-        except GradPursuitError as error:
-            refused += 1
-            assert str(error), seed
-            assert "secret" not in str(error), (seed, flags)
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}, flags {flags[0][:200]!r}: {type(error).__name__}: {error}") from error
+        message = refusal(lambda flags=flags: read_config(path, flags).dump(), f"seed {seed}, {flags[0][:200]!r}")
+        refused += message is not None
+        assert "secret" not in (message or ""), (seed, flags)
     assert refused > CASES / 2
     assert [file.name for file in tmp_path.iterdir()] == ["c.yaml"]
 
@@ -101,13 +167,8 @@ def test_broken_bytes(tmp_path: Path) -> None:
             place = made.randrange(len(content))
             content[place : place + made.randint(0, 3)] = made.randbytes(made.randint(0, 3))
         path.write_bytes(bytes(content))
-        try:
-            with in_time():
-                load_config(path)
-        except ConfigError as error:
-            assert "c.yaml" in str(error), seed
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}: {type(error).__name__}: {error}") from error
+        message = refusal(lambda: load_config(path), f"seed {seed}")
+        assert message is None or "c.yaml" in message, seed
 
 
 @pytest.mark.parametrize(

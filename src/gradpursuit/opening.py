@@ -72,11 +72,11 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     config = load_config(path, overrides)
     data, model = config.data, absolute(config.model.path)
     files = {name: getattr(data, name) for name in ("pool", "target", "heldout")}
-    absolute = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
+    located_files = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
     return config.model_copy(
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
-            "data": data.model_copy(update=absolute),
+            "data": data.model_copy(update=located_files),
             "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model)}) if model.exists() else config.model,

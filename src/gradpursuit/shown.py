@@ -51,7 +51,7 @@ _SECRETS = (
     ),
     (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{8,}", re.IGNORECASE), r"\1 ***"),
     (
-        re.compile(r"\b(" + _NAMES + r")(\s*=\s*|['\"]\s*:\s*(?=['\"]))(['\"]?)[^\s'\",;&)]+", re.IGNORECASE),
+        re.compile(r"(?<![a-z])(" + _NAMES + r")(\s*=\s*|['\"]\s*:\s*(?=['\"]))(['\"]?)[^\s'\",;&)]+", re.IGNORECASE),
         r"\1\2\3***",
     ),
     # Keys that are known by their looks.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,11 @@ def _require_plain(value: Any) -> None:
 def _require_text(text: str, where: str) -> None:
     if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
         raise ConfigError(f"{where}{text!r} holds a NUL or bytes that are not UTF-8")
+    if re.search(r":/+[^\s/?#]*:[^\s/?#]*@", text):
+        raise ConfigError(
+            f"{where}a URL must not hold a user, password, key or signature: settings are written into files and logs; "
+            "put credentials into the environment instead"
+        )
 
 
 class _StrictLoader(yaml.SafeLoader):

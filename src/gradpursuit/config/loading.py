@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from gradpursuit.config.sections import RunConfig
 from gradpursuit.config.values import SECRET
 from gradpursuit.errors import ConfigError, nearest
+from gradpursuit.shown import without_secrets
 from gradpursuit.tree import apply_overrides, read_tree
 
 
@@ -38,7 +39,10 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
-        lines = [f"{_origin(item['loc'], flags, where)}: {_explain(item, RunConfig)}" for item in _values(error)]
+        lines = [
+            f"{_origin(item['loc'], flags, where)}: {without_secrets(_explain(item, RunConfig))}"
+            for item in _values(error)
+        ]
         raise ConfigError.of_lines(lines) from None
 
 

@@ -161,7 +161,7 @@ class MatchingSection(Section):
         "vectors of the target's or of the pool's features there",
     )
     rank: Whole = Field(
-        32, ge=1, le=65_536, description="r: dimensions of that subspace; fewer where the features have fewer"
+        32, ge=1, le=65_536, description="r: dimensions of that subspace; fewer where features have fewer"
     )
 
     @field_validator("checkpoints", mode="before")
