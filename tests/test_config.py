@@ -322,7 +322,7 @@ def test_not_yaml(tmp_path: Path, text: str) -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such configuration file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="not a file"):
         load_config(tmp_path)
     (tmp_path / "b.yaml").write_bytes(b"a: \xff\xfe\n")
     with pytest.raises(ConfigError, match="cannot be read"):
@@ -332,7 +332,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
 def test_bad_flags(tmp_path: Path) -> None:
     assert "flag '--warmup.epochs' has no value" in message(tmp_path, MINIMAL, "warmup.epochs")
     assert "'path' is a value, not a section" in message(tmp_path, MINIMAL, "model.path.x=1")
-    assert "unknown key ''" in message(tmp_path, MINIMAL, "=1")
+    assert "expected section.key" in message(tmp_path, MINIMAL, "=1")
     assert load(tmp_path, MINIMAL, "run_dir=[a").run_dir == "[a"
     assert load(tmp_path, MINIMAL, "run_dir=2024-13-45").run_dir == "2024-13-45"
 

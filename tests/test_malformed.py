@@ -17,7 +17,7 @@ from gradpursuit.errors import ConfigError, GradPursuitError
 from gradpursuit.opening import read_config
 
 CASES = 1000
-SECONDS = 5
+SECONDS = 20
 VALUES: list[Any] = [
     1e300,
     -1e300,

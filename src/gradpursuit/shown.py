@@ -28,7 +28,7 @@ _LEAST_PASSWORD = 4  # characters of a password in a URL of the environment
 _USERINFO = re.compile(r"//([^\s/?#'\"<>]+)@")
 _NAMES = (
     r"pass(?:word|wd|phrase)?|pwd|secret|api[_-]?key|(?:secret[_-]?)?access[_-]?key(?:[_-]?id)?|private[_-]?key|"
-    r"account[_-]?key|shared[_-]?access[_-]?signature|client[_-]?secret|(?:(?:access|api|auth|bearer|hf|hub|id|refresh|security|session)[_-]?)?token|signature|credentials?"
+    r"account[_-]?key|shared[_-]?access[_-]?signature|client[_-]?secret|(?:(?:access|api|auth|bearer|hf|hub|id|refresh|security|session)[_-]?)token|(?<!\w)token|signature|credentials?"
 )
 _SECRETS = (
     # A user and password of a URL, also of one that Path made `https:/…`, or whose password holds a slash.
