@@ -19,7 +19,6 @@ from typing import Literal
 from gradpursuit.config import SourceSection
 from gradpursuit.errors import DataError
 from gradpursuit.files import sha256_of, stamp_of
-from gradpursuit.remote import absolute
 
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "saved", "hub"]
 _SUFFIXES: dict[str, Kind] = {
