@@ -126,3 +126,15 @@ def test_bad_input_is_told(job: Job, capsys: pytest.CaptureFixture[str]) -> None
     for flag in ("-1", "x"):
         with pytest.raises(SystemExit):
             main(["inspect", str(job.path), "--n", flag])
+
+
+def test_what_is_not_read_is_named(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"What is {i}?", "completion": f"It is {i}.", "context": f"Sums {i}."} for i in range(4)]
+    job.write("pool.jsonl", rows)
+    note = "column 'context' holds text and is not read; put it into the conversation if it belongs there"
+    assert as_json(job, capsys)["notes"] == {"target": {}, "heldout": {}, "pool": {note: 4}}
+    assert main(["inspect", str(job.path)]) == 0
+    printed = capsys.readouterr()
+    assert f"note: pool: {note} (4 rows)" in " ".join(printed.out.split())
+    assert f"warning: pool: {note} (4 rows)" in printed.err
+    assert main(["inspect", str(job.path), "--data.columns", "{input: null}"]) == 0

@@ -31,7 +31,10 @@ _ROLES = {
     **{role: role for role in ROLES},
 }
 # 1 or true: the turn is learned. 0 or false: it is context.
-_TRAIN = ("weight", "train", "training", "trainable", "loss", "loss_mask", "loss_weight", "supervised")
+_TRAIN = (
+    *("weight", "train", "training", "trainable", "is_trainable", "do_train", "learn"),
+    *("loss", "loss_mask", "loss_weight", "supervised"),
+)
 _MASKED = ("masked", "is_masked", "ignore_loss", "mask_loss")  # the other way round
 _UNCLEAR = ("mask", "ignore")  # means either, depending on the library
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
