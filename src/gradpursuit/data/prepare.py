@@ -83,7 +83,8 @@ class Cleaner:
         examples = read_examples(inputs, self.config.columns)
         with Progress(f"render {name}", total) as progress:
             while batch := list(islice(examples, _BATCH)):
-                rendered = iter(self.renderer.many([row.conversation for row in batch if isinstance(row, Example)]))
+                said = [row.conversation for row in batch if isinstance(row, Example)]
+                rendered = iter(self.renderer.many(said, self.config.max_tokens))
                 for example in batch:
                     if isinstance(example, Unreadable):
                         losses.count(example, example.reason)

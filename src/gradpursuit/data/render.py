@@ -20,11 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gradpursuit.config import Turns
+from gradpursuit.data.dropped import TOO_LONG
+from gradpursuit.data.lengths import Bound
 from gradpursuit.data.limits import Limits
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.templates import ChatTemplate, Span
@@ -91,6 +94,10 @@ class Renderer:
         self._tokenizer, self._turns, self.limits = tokenizer, turns, limits or Limits()
         self._template = ChatTemplate(tokenizer, template_variables or {}) if tokenizer.chat_template else None
 
+    @cached_property
+    def _bound(self) -> Bound:
+        return Bound(self._tokenizer)
+
     def name(self, token: int) -> str:
         """How the tokenizer spells a token."""
         return str(self._tokenizer.convert_ids_to_tokens(token))
@@ -111,12 +118,17 @@ class Renderer:
             raise found
         return found
 
-    def many(self, conversations: Sequence[Conversation]) -> list[Rendered | DataError]:
-        """Tokens and labels of each, or why there are none; many at a time are tokenized faster than one by one."""
+    def many(self, conversations: Sequence[Conversation], at_most: int | None = None) -> list[Rendered | DataError]:
+        """Tokens and labels of each, or why there are none; many at a time are tokenized faster than one by one.
+
+        A text that has more than `at_most` tokens for certain is not tokenized: what a text of megabytes would cost.
+        """
         texts: list[_Text | DataError] = []
         for conversation in conversations:
             try:
-                texts.append(self._text(conversation))
+                text = self._text(conversation)
+                long = at_most is not None and len(text.text) > at_most and self._bound.of(text.text) > at_most
+                texts.append(DataError(TOO_LONG) if long else text)
             except DataError as error:
                 texts.append(error)
         found: list[Rendered | DataError] = [
