@@ -105,6 +105,39 @@ def test_drops_have_reasons_ids_and_places(tmp_path: Path, renderer: Renderer) -
     assert counts["dropped"]["pool: longer than max_tokens"] == 1
 
 
+def test_rows_that_cannot_be_read_are_dropped_and_counted(tmp_path: Path, renderer: Renderer) -> None:
+    bad = ["{broken\n", {"id": "empty", "messages": []}, pair("x", None), {"id": "typed", "text": 5}]  # type: ignore[arg-type]
+    pool = [*pairs("p", 3), *bad, *pairs("q", 3)]
+    counts, tables, dropped = run(tmp_path, renderer, pool, [*pairs("t", 4), {"id": "t-bad", "prompt": "only"}])
+    assert tables["pool"].ids == [*(f"p-{i}" for i in range(3)), *(f"q-{i}" for i in range(3))]
+    name = str(tmp_path / "pool.jsonl")
+    assert [(d["split"], d["id"], d["line"]) for d in dropped] == [
+        ("target", "t-bad", 5),
+        ("pool", f"{name}:4", 4),
+        ("pool", "empty", 5),
+        ("pool", f"{name}:6", 6),
+        ("pool", "typed", 7),
+    ]
+    assert {d["file"] for d in dropped if d["split"] == "pool"} == {name}
+    assert dropped[1]["reason"].startswith("not valid JSON: Expecting")
+    assert "at column" in dropped[1]["detail"]
+    assert (dropped[4]["reason"], dropped[4]["detail"]) == ("'text' is int", "'text' is int; expected text")
+    assert sum(counts["dropped"].values()) == 5
+    assert counts["dropped"]["pool: 'text' is int"] == 1
+    with pytest.raises(DataError, match=r"4 of 10 rows of the pool cannot be used .*pool\.jsonl:4\); fix the rows, or"):
+        run(tmp_path, renderer, pool, pairs("t", 4), max_dropped=0.39)
+
+
+def test_the_kinds_of_reasons_are_bounded(tmp_path: Path, renderer: Renderer) -> None:
+    roles = [{"messages": [{"role": "x" + chr(97 + i // 26) + chr(97 + i % 26), "content": "x"}]} for i in range(120)]
+    counts, _, dropped = run(tmp_path, renderer, [*pairs("p", 130), *roles], pairs("t", 4))
+    assert len(dropped) == sum(counts["dropped"].values()) == 120
+    assert len(counts["dropped"]) == 101
+    assert counts["dropped"]["pool: other reasons"] == 20
+    with pytest.raises(DataError, match="and 115 other reasons; first: "):
+        run(tmp_path, renderer, [*pairs("p", 130), *roles], pairs("t", 4), max_dropped=0.1)
+
+
 def test_rows_of_exactly_max_tokens_stay_whole(tmp_path: Path, renderer: Renderer) -> None:
     length = len(renderer([{"role": "user", "content": "p0"}, {"role": "assistant", "content": "answer 0"}]).input_ids)
     _, tables, _ = run(tmp_path, renderer, pairs("p", 3), pairs("t", 3), max_tokens=length)

@@ -63,3 +63,25 @@ def test_copies_are_counted_by_text_and_by_the_duplicate_of_column() -> None:
     assert copies_chosen(Selection.ranked([0, 1, 5]), table) == 1
     assert copies_chosen(Selection.ranked([2, 3]), table) == 1
     assert copies_chosen(Selection.ranked([0, 1, 2, 3, 4, 5]), table) == 3
+
+
+@pytest.mark.parametrize("value", [["a"], {"of": "a"}, 1.5, True, False, None, "", [], {"x": [None]}])
+def test_a_column_duplicate_of_of_another_type_names_no_row(value: object) -> None:
+    table = Table([row("a"), row("b", duplicate_of=value), row("c", duplicate_of=value)])
+    assert copies_chosen(Selection.ranked([0, 1, 2]), table) == 0
+
+
+def test_duplicate_of_is_looked_up_in_its_own_source() -> None:
+    rows = [
+        row("0"),
+        row("1", duplicate_of=0),
+        row("b.jsonl/0", file="/x/b.jsonl"),
+        row("7", file="/x/b.jsonl", duplicate_of="0"),
+        row("8", file="/x/b.jsonl", duplicate_of="1"),
+    ]
+    table = Table(rows)
+    assert copies_chosen(Selection.ranked([0, 1]), table) == 1
+    assert copies_chosen(Selection.ranked([2, 3]), table) == 1
+    assert copies_chosen(Selection.ranked([0, 3]), table) == 0, "the row 0 of another source"
+    assert copies_chosen(Selection.ranked([0, 1, 2, 3, 4]), table) == 2
+    assert copies_chosen(Selection.ranked([1, 4]), table) == 0

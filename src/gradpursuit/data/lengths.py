@@ -23,33 +23,36 @@ class Bound:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         backend = tokenizer.backend_tokenizer
         parts = json.loads(backend.to_str())
-        self._normalizer = backend.normalizer
-        self._longest = max(map(len, tokenizer.get_vocab()), default=0) if _is_known(parts) else 0
+        self._normalizer, self._lost = backend.normalizer, _lost(parts)
+        self._longest = max(map(len, tokenizer.get_vocab()), default=0)
         # An added token may swallow the white space beside it.
         self._white = not any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"])
 
     def of(self, text: str) -> int:
         """Tokens that `text` has at least."""
-        if not self._longest:
+        if self._lost is None:
             return 0
         if self._normalizer is not None:
             text = self._normalizer.normalize_str(text)
         count = len(text) if self._white else sum(map(len, text.split()))
-        return -(-count // self._longest)
+        count -= sum(map(text.count, self._lost))
+        return max(0, -(-count // self._longest))
 
 
-def _is_known(parts: Mapping[str, Any]) -> bool:
+def _lost(parts: Mapping[str, Any]) -> list[str] | None:
+    """The characters that may become no token of their own; None: they are not known."""
     model, steps = parts["model"], list(_steps(parts["pre_tokenizer"]))
     if model["type"] != "BPE" or any(step["type"] not in _KEEP or step.get("behavior") == "Removed" for step in steps):
-        return False
+        return None
     vocabulary = model["vocab"]
     if any(step["type"] == "ByteLevel" for step in steps):
-        from tokenizers.pre_tokenizers import ByteLevel
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-        return all(letter in vocabulary for letter in ByteLevel.alphabet())
-    if model.get("byte_fallback"):
-        return all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    return bool(model.get("unk_token")) and not model.get("fuse_unk")
+        # A byte that the vocabulary lacks is left out. Every character that is not ASCII has a byte from 0x80 to 0xBF.
+        lacking = [byte for byte, letter in bytes_to_unicode().items() if letter not in vocabulary]
+        return None if any(0x80 <= byte <= 0xBF for byte in lacking) else [chr(byte) for byte in lacking if byte < 128]
+    every = all(f"<0x{byte:02X}>" in vocabulary for byte in range(256)) if model.get("byte_fallback") else False
+    return [] if every or (model.get("unk_token") and not model.get("fuse_unk")) else None
 
 
 def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
