@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -275,12 +274,16 @@ def test_dsir_draws_in_proportion_to_the_weights() -> None:
 def test_dsir_serves_every_target_group() -> None:
     texts = ["red red red", "red red", "blue blue", "blue", "green", "red red red", "blue"]
     rows = [row(i) for i in range(7)]
-    given = problem({}, rows=rows[:5], target_rows=rows[5:], text=lambda found: texts[int(found.id[4:])])
-    given = replace(given, groups=np.array([0, 1]))
+
+    def grouped(groups: list[int]) -> SelectionProblem:
+        text = {row.id: text for row, text in zip(rows, texts, strict=True)}
+        return problem({}, groups=groups, rows=rows[:5], target_rows=rows[5:], text=lambda found: text[found.id])
+
+    given = grouped([0, 1])
     # 5 counts in group 0 and 1 in group 1: of three rows 2.5 and 0.5, the tie to the first.
     found = chosen("dsir", given, 3, per_group=True, noise=False, prior=1)
     assert (found.indices.tolist(), found.evidence["group"]) == ([0, 1, 3], [0, 0, 0])
-    given = replace(given, groups=np.array([1, 0]))
+    given = grouped([1, 0])
     found = chosen("dsir", given, 4, per_group=True, noise=False, prior=1)
     # Group 0 is blue now: 4 · 1/6 = 0.67 and 3.33 rows.
     assert found.evidence["group"] == [1, 0, 1, 1]

@@ -22,7 +22,9 @@ class Said:
         tables: the cleaned rows.
     """
 
-    def __init__(self, sources: Sequence[SourceSection], columns: Mapping[ColumnName, str], *tables: Table) -> None:
+    def __init__(
+        self, sources: Sequence[SourceSection], columns: Mapping[ColumnName, str | None], *tables: Table
+    ) -> None:
         self._default = columns
         files = {path for table in tables for path in table.column("file")}
         mapped = [source for source in sources if source.columns is not None]
