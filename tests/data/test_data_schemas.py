@@ -183,6 +183,8 @@ def test_judgements_are_named() -> None:
         {**row, "loss_mask": [0, 1]}
     )
     assert "'label' is false: the answer is an example of a bad one" in refused({**row, "label": False})
+    assert "'kto_tag' is false" in refused({**row, "kto_tag": False})
+    assert "column 'mask' is not read" in notes({**row, "mask": "User"})[0]
     assert found({**row, "label": True})[1].messages == QA
 
 
@@ -253,6 +255,8 @@ def test_text_with_marks_of_turns_is_named() -> None:
         ({"inputs": "q", "targets": "a"}, {}, "{prompt: inputs, completion: targets}"),
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, {}, "data.columns: {prompt: prompt, completion: chosen}"),
         ({"prompt": "x", "chosen": list(QA), "rejected": list(QA)}, {}, "data.columns: {messages: chosen}"),
+        ({"Question": "q", "Response": "a"}, {}, "{prompt: Question, completion: Response}"),
+        ({"instruction": "i", "chosen": "a", "rejected": "b"}, {}, "{instruction: instruction, output: chosen}"),
         ({"chosen": "\n\nHuman: a", "rejected": "b"}, {}, "'chosen' is one text with marks of turns"),
     ],
 )

@@ -38,6 +38,7 @@ def shared(message: dict[str, Any], **more: Any) -> dict[str, Any]:
         {"weight": 0.0},
         {"train": False},
         {"trainable": False},
+        {"do_train": False},
         {"loss": False},
         {"loss_mask": 0},
         {"masked": True},

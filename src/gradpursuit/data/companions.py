@@ -19,10 +19,10 @@ from gradpursuit.errors import DataError
 _SPOKEN = re.compile(
     r"(?:^|_)(?:histor(?:y|ies)|system|sys|contexts?|background|documents?|docs|passages?|paragraphs?|evidences?|"
     r"knowledge|reason(?:ing|s)?|think(?:ing)?|thoughts?|rationales?|explanations?|cot|chain_of_thought|scratchpad|"
-    r"trace|persona|functions?|tools?|images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|"
+    r"trace|persona|developer|preamble|article|examples?|demonstrations?|few_?shots?|suffix|functions?|tools?|images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|"
     r"completion|output|instructions?|response|answer|dialog(?:ue)?|turns)(?:_|$)|_?(?:images?|audios?|videos?)$"
 )
-_OF_THE_MASK = ("weight", "train", "loss_mask", "mask", "loss_weight", "masked")
+_OF_THE_MASK = ("weight", "train", "loss_mask", "mask", "loss_weight", "masked", "train_on_input", "train_on_inputs")
 _VALUED = ("reward", "rewards", "score", "scores", "rating", "is_correct", "correct", "label", *_OF_THE_MASK)
 _NAMES = ("id", "ids", "name", "names", "type", "types", "tokens", "length", "len", "count", "num", "lang", "language")
 _AUTHOR = ("role", "from", "speaker", "sender")
@@ -48,9 +48,10 @@ def refuse_what_is_no_example(columns: Mapping[str, Any], schema: str, where: st
     """
     if schema == "text":
         _refuse_one_message(columns, where)
-    if columns.get("label") is False and ("prompt" in columns or "messages" in columns or "conversations" in columns):
+    marked = next((name for name in ("label", "kto_tag") if columns.get(name) is False), None)
+    if marked and schema != "text":
         raise DataError(
-            f"{where}: 'label' is false: the answer is an example of a bad one (as in KTO data), not one to "
+            f"{where}: '{marked}' is false: the answer is an example of a bad one (as in KTO data), not one to "
             "learn; remove such rows"
         )
 
@@ -96,13 +97,7 @@ def notes(
         if name in read or name in off:
             continue
         lowered = name.lower()
-        if (
-            lowered in _VALUED
-            and not (lowered == "label" and text is not None)
-            and not isinstance(value, str)
-            and value is not None
-            and value != []
-        ):
+        if lowered in _VALUED and not (lowered == "label" and text is not None) and value not in (None, "", []):
             what = "is to say what is learned" if lowered in _OF_THE_MASK else "is a judgement of the row"
             yield f"column '{name}' is not read (by its name it {what})"
         elif _is_spoken(lowered) and any(part not in spoken for part in _texts(value)):
@@ -164,6 +159,9 @@ def _advice_on(name: str, said: Sequence[Message]) -> str:
 def _advice(columns: Mapping[str, Any]) -> str:
     """How the columns could be mapped."""
     if columns.get("chosen") is not None and columns.get("rejected") is not None:
+        if "instruction" in columns and isinstance(columns["chosen"], str):
+            alpaca = {"instruction": "instruction", **({"input": "input"} if "input" in columns else {})}
+            return f"; these are pairs of answers: data.columns: {_as_mapping({**alpaca, 'output': 'chosen'})}"
         whole = isinstance(columns["chosen"], list) and not isinstance(columns.get("prompt"), list)
         if whole or "prompt" in columns:
             chosen = {"messages": "chosen"} if whole else {"prompt": "prompt", "completion": "chosen"}
@@ -206,7 +204,8 @@ def _is_turn(value: Mapping[str, Any]) -> bool:
 
 
 def _first(names: Iterable[str], columns: Mapping[str, Any]) -> str | None:
-    return next((name for name in names if name in columns), None)
+    theirs = {name.lower(): name for name in columns}
+    return next((theirs[name] for name in names if name in theirs), None)
 
 
 def _as_mapping(mapping: Mapping[Any, str]) -> str:
