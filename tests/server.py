@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,12 @@ class Server:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, arguments: list[str], printed: Path, largest_file: int | None = None) -> Command:
-        """Begin `gradpursuit ARGUMENTS`; what it prints goes to the file `printed`."""
-        pid = self._ask({"start": arguments, "printed": str(printed), "largest_file": largest_file})
+    def start(self, arguments: list[str], printed: Path, largest_file: int | None = None, dies_in: str = "") -> Command:
+        """Begin `gradpursuit ARGUMENTS`; what it prints goes to the file `printed`.
+
+        dies_in: a stage that kills its process when all its files are there and the manifest does not say so yet.
+        """
+        pid = self._ask({"start": arguments, "printed": str(printed), "largest_file": largest_file, "dies": dies_in})
         return Command(self, pid, printed)
 
     def here(self, arguments: list[str]) -> int:
@@ -109,6 +113,8 @@ def _run(main: Any, request: dict[str, Any]) -> None:
     os.dup2(printed, 2)
     if request["largest_file"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
+    if request["dies"]:
+        _die_in(request["dies"])
     sys.argv = ["gradpursuit", *request["start"]]
     code = 1
     try:
@@ -116,6 +122,19 @@ def _run(main: Any, request: dict[str, Any]) -> None:
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def _die_in(stage: str) -> None:
+    from gradpursuit.manifest import Manifest
+
+    complete = Manifest.complete
+
+    def dying(manifest: Manifest, name: str, *rest: Any) -> None:
+        if name == stage:
+            os.kill(os.getpid(), signal.SIGKILL)
+        complete(manifest, name, *rest)
+
+    Manifest.complete = dying  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":
