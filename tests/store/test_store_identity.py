@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gradpursuit.errors import StoreError
-from gradpursuit.store import GradientStore, StoreSpec
+from gradpursuit.store import GradientStore, Shard, StoreSpec
 from gradpursuit.store.spec import differences
 from stores import SPEC, filled
 
@@ -81,7 +82,8 @@ def test_create_says_what_differs_before_it_replaces_a_store(tmp_path: Path, cap
     changed = {**ORIGIN, "projection": {"name": "sparse-jl", "seed": 6, "dim": 6}}
     with caplog.at_level(logging.WARNING, "gradpursuit"):
         GradientStore.create(tmp_path / "s", replace(MADE, origin=changed))
-    (record,) = caplog.records
+    record, kept = caplog.records
+    assert kept.getMessage() == f"{tmp_path / '.s.gradpursuit-before'}: kept there until you delete it"
     assert record.name == "gradpursuit"
     assert "made with other settings: projection.seed is 5, expected 6; they are replaced" in record.getMessage()
     assert not list((tmp_path / "s").rglob("*.safetensors"))
@@ -100,3 +102,33 @@ def test_unknown_type_and_parts_with_taken_names_are_refused() -> None:
         replace(SPEC, dtype="float8")
     with pytest.raises(StoreError, match=r"names \['dim'\]"):
         StoreSpec(("a",), 1, 4, "float32", 1, {"dim": 4})
+
+
+def test_a_whole_store_with_other_settings_stays_beside_until_another_is_whole(tmp_path: Path) -> None:
+    from gradpursuit.aside import before, replacing, unfinished
+
+    folder, small = tmp_path / "s", {"checkpoints": 1, "dim": 2, "dtype": "float32", "shard_rows": 4, "origin": {}}
+    old, new = StoreSpec(("a",), **small), StoreSpec(("a", "b"), **small)  # type: ignore[arg-type]
+    ones = np.ones(1, np.float32)
+    shard = Shard(np.ones((1, 2), np.float32), ones, ones, ones.astype(np.int32), np.arange(1))
+    GradientStore.create(folder, old).write(0, 0, shard)
+    for _ in range(2):
+        GradientStore.create(folder, new)
+        assert GradientStore.open(before(folder)).verify() == []
+        GradientStore.create(folder, StoreSpec(("c",), **small))  # type: ignore[arg-type]  # two that are not whole
+    GradientStore.create(folder, old).write(0, 0, shard)
+    (tmp_path / "run.json").write_text("")
+
+    def fail() -> None:
+        with replacing(tmp_path, "gradients", [], keep_unfinished=True):
+            made = GradientStore.create(folder, new)
+            assert not made.has_all_files()
+            (folder / "begun").write_text("")
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            fail()
+        assert GradientStore.open(folder).spec == old
+        assert GradientStore.open(folder).verify() == []
+        assert (unfinished(folder) / "begun").is_file()

@@ -56,7 +56,8 @@ class GradientStore:
     def create(cls, folder: Path, spec: StoreSpec) -> GradientStore:
         """Start a store, or go on with the one that is there if it was begun with an equal spec.
 
-        A store with another spec is deleted first, as its rows mean something else; the log says which part differs.
+        A whole store with another spec is set aside first, as its rows mean something else; the log says which part
+        differs. Within a run it is deleted when this one is whole, and comes back if that fails; else it stays beside.
         A manifest that is lost or damaged is written again: shards know for themselves where they belong. Files of
         interrupted writes are removed.
 
@@ -83,7 +84,7 @@ class GradientStore:
                         "Name another gradients.store, or go back to those settings"
                     )
                 logger.warning("%s: holds gradients made with other settings: %s; they are replaced", folder, changed)
-                if _replace(folder, store):
+                if _replace(folder, cls(folder, present), store.shards.fingerprint):
                     return store
         if not is_remote(folder) and not any(folder.glob("checkpoint-*/*.safetensors")):
             require_space(folder, spec.nbytes, "the gradient store")
@@ -135,6 +136,10 @@ class GradientStore:
     def read(self, checkpoint: int, shard: int, *, verify: bool = False) -> Shard:
         """As :meth:`ShardFolder.read`."""
         return self.shards.read(checkpoint, shard, verify=verify)
+
+    def has_all_files(self) -> bool:
+        """Whether there is a file for every shard, whatever is in it."""
+        return all(exists(self.path(t, s)) for t, s in self._places())
 
     def exclude(self, rows: Mapping[int, str]) -> None:
         """Drop rows (index to reason) at every checkpoint, so that all hold the same ones.
@@ -251,14 +256,16 @@ class GradientStore:
                 )
 
 
-def _replace(folder: Path, store: GradientStore) -> bool:
-    """Set a finished store aside, and delete one that is not whole; whether one begun with these settings is there."""
-    begun = aside.unfinished(folder)
-    if not aside.set_aside(folder):
-        durable.discard(aside.before(folder))
-        durable.put(folder, aside.before(folder))
+def _replace(folder: Path, present: GradientStore, wanted: str) -> bool:
+    """Set a whole store aside, delete another one; whether one begun with the `wanted` fingerprint is there now."""
+    begun, old = aside.unfinished(folder), aside.before(folder)
+    if not aside.set_aside(folder) and present.has_all_files():
+        durable.discard(old)
+        durable.put(folder, old)
+        logger.warning("%s: kept there until you delete it", old)
+    durable.discard(folder)
     try:
-        same = _read_spec(begun / "manifest.json").fingerprint == store.shards.fingerprint
+        same = _read_spec(begun / "manifest.json").fingerprint == wanted
     except (StoreError, RunError):
         same = False
     if same:
