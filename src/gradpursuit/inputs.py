@@ -5,11 +5,13 @@ What was made of them stays in the run folder, so later stages go on when they a
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
 
 from gradpursuit.config import RunConfig
+from gradpursuit.errors import ConfigError
 from gradpursuit.manifest import Manifest
 from gradpursuit.sources import content_hashes, gone_note, missing_note, stamp
 
@@ -30,6 +32,7 @@ class Inputs:
     def __init__(self, config: RunConfig, folder: Path, manifest: Manifest, *, quick: bool = False) -> None:
         self.sources = {name: getattr(config.data, name) or [] for name in SPLITS}
         self.trajectory = config.warmup.trajectory
+        self._template = config.data.chat_template
         self._folder, self._manifest, self._quick = folder, manifest, quick
 
     @cached_property
@@ -57,6 +60,25 @@ class Inputs:
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of every input file, which tell a quick look that it is still the same."""
         return {path: stamp(path) for hashes in self.hashes.values() for path in hashes}
+
+    @cached_property
+    def template(self) -> str:
+        """sha256 of `data.chat_template`; of a file that is gone, as it was when the data stage read it; empty: none.
+
+        Raises:
+            ConfigError: the file cannot be read, and it is not known what was in it.
+        """
+        if self._template is None:
+            return ""
+        from gradpursuit.data.template_file import template_source
+
+        try:
+            return hashlib.sha256(template_source(self._template).encode()).hexdigest()
+        except ConfigError:
+            known: str = self._manifest.entry("data").get("detail", {}).get("template", "")
+            if not known or Path(self._template).exists():
+                raise
+            return known
 
     @cached_property
     def trajectory_is_gone(self) -> bool:

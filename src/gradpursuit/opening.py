@@ -76,7 +76,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     return config.model_copy(
         update={
             "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
-            "data": data.model_copy(update=located_files),
+            "data": data.model_copy(update={**located_files, "chat_template": _template(data.chat_template)}),
             "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model)}) if model.exists() else config.model,
@@ -93,3 +93,15 @@ def _settle(folder: Path) -> None:
 
 def _absolute(path: str) -> str:
     return str(absolute(path))
+
+
+def _template(value: str | None) -> str | None:
+    """The setting data.chat_template, with the path of a file made absolute."""
+    if value is None:
+        return None
+    from gradpursuit.data.template_file import is_template_text
+
+    try:
+        return value if is_template_text(value) else _absolute(value)
+    except (OSError, RuntimeError, ValueError):  # no such user, a NUL: whoever reads the file says so
+        return value

@@ -274,6 +274,8 @@ class Run:
             value["inputs"] = {name: list(hashes.values()) for name, hashes in self.inputs.hashes.items()}
             value["sources"] = {name: [source.options for source in made] for name, made in self.inputs.sources.items()}
             value["model"] = self.model_identity
+            if self.inputs.template:  # by its content, wherever the file lies
+                value["template"] = self.inputs.template
         if stage.name == "trajectory" and self.config.warmup.trajectory:
             value["inputs"] = self.inputs.trajectory_hashes
         if stage.name == "data" and self.config.data.in_domain:
@@ -364,7 +366,7 @@ class Run:
 
         data = self.config.data
         tokenizer = load_tokenizer(self.config.model)
-        return Renderer(tokenizer, data.turns, data.chat_template_kwargs, self.limits)
+        return Renderer(tokenizer, data.turns, data.chat_template_kwargs, self.limits, data.chat_template)
 
     @cached_property
     def limits(self) -> Limits:

@@ -74,7 +74,8 @@ def _data(run: Run) -> dict[str, Any]:
     counts = prepare(config.data, run.renderer(), run.folder / "data", config.evaluation.holdout, run.seed("holdout"))
     pool = run.table("pool")
     refuse_reserved_columns(pool)
-    return {**counts, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
+    template = {"template": run.inputs.template} if run.inputs.template else {}
+    return {**counts, **template, "k": run.budget(pool), "inputs": run.inputs.hashes, "stamps": run.inputs.stamps()}
 
 
 def _check_inputs(run: Run) -> None:
@@ -219,7 +220,11 @@ def _report(run: Run) -> dict[str, Any]:
 
 
 DATA = (
-    *(f"data.{name}" for name in DataSection.model_fields if name not in ("pool", "target", "heldout")),
+    *(
+        f"data.{name}"
+        for name in DataSection.model_fields
+        if name not in ("pool", "target", "heldout", "chat_template")
+    ),
     "evaluation.holdout",
 )
 EACH = "selection/{strategy}/"

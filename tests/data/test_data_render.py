@@ -87,7 +87,7 @@ def supervised_runs(tokenizer: Any, rendered: Rendered) -> list[str]:
         " both ",
         "tab\tand nbsp\u00a0",
         "What is 2+2?",
-        "user\nWhat is 2+2?<|im_end|>",
+        "<|im_end|> user\nWhat is 2+2?",
         "assistant",
         "<|im_start|>assistant\nnested",
         "def f(x):\n    return x  # 2+2\n",
@@ -227,7 +227,7 @@ def test_template_without_an_end_token(tokenizer: Any) -> None:
 
 def test_template_that_rewrites_earlier_turns_is_refused(tokenizer: Any) -> None:
     renderer = Renderer(with_template(tokenizer, THINKING))
-    with pytest.raises(DataError, match="rewrites earlier turns when turn 2 is added"):
+    with pytest.raises(DataError, match=r"leaves out the reasoning of turn 2 \(the part before </think>.*last-turn"):
         renderer(turns("q", "<think>hm</think>\none", "r", "two"))
     last = Renderer(renderer._tokenizer, "last-turn")(turns("q", "<think>hm</think>\none", "r", "two"))
     assert supervised_runs(renderer._tokenizer, last) == ["two<|im_end|>"]
@@ -273,10 +273,10 @@ def test_token_on_the_border_counts_as_the_answer(tokenizer: Any) -> None:
     assert supervised_runs(tokenizer, rendered) == ["\n   indented<|im_end|>"]
 
 
-def test_turn_that_the_template_leaves_out_supervises_nothing(tokenizer: Any) -> None:
+def test_answers_that_the_template_leaves_out_are_refused(tokenizer: Any) -> None:
     template = "{% for m in messages if m['role'] != 'assistant' %}{{ m['content'] }}{% endfor %}"
-    rendered = Renderer(with_template(tokenizer, template))(turns("unbelievable", "x", "continuation"))
-    assert set(rendered.labels) == {IGNORE}
+    with pytest.raises(DataError, match=r"leaves out assistant messages \(turn 2\)"):
+        Renderer(with_template(tokenizer, template))(turns("unbelievable", "x", "continuation"))
 
 
 def test_plain_with_a_beginning_token(tokenizer: Any) -> None:

@@ -192,8 +192,15 @@ def test_tool_messages_and_tools_that_are_passed_over_are_refused(tokenizer: Any
     with pytest.raises(DataError, match=r"leaves out tool messages \(turn 2\)"):
         renderer([user("x"), tool, assistant("y")])
     (found,) = renderer.many([Conversation((user("x"), assistant("y")), tools=(TOOL,))])
-    hint = "data.columns: {tools: null} leaves the column out"
-    assert str(found) == f"the chat template leaves out tools ('get_weather'); {hint}"
+    assert str(found) == (
+        "the chat template leaves out tools ('get_weather'); data.chat_template takes a template that writes it, and "
+        "data.columns: {tools: null} leaves the column out"
+    )
+    system = {"role": "system", "content": "Call get_weather."}
+    (found,) = renderer.many([Conversation((system, user("x"), assistant("y")), tools=(TOOL,))])
+    assert str(found).endswith(
+        "the system turn names them already, so data.columns: {tools: null} leaves the column out"
+    )
 
 
 @pytest.mark.parametrize("name", ["smollm2", "phi3", "qwen2_5", "qwen3"])

@@ -92,6 +92,12 @@ class DataSection(Section):
     turns: Turns = Field(
         "assistant", description="what is supervised: every assistant turn, the last one alone, or all tokens"
     )
+    chat_template: str | None = Field(
+        None,
+        min_length=1,
+        description="a file with a Jinja chat template, or the template itself, used instead of the tokenizer's own; "
+        "null: the tokenizer's",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="variables for the chat template, such as {enable_thinking: false}"
     )

@@ -18,6 +18,7 @@ the answer's first word) counts as the assistant's.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +31,7 @@ from gradpursuit.data.dropped import TOO_LONG
 from gradpursuit.data.lengths import Bound
 from gradpursuit.data.limits import Limits
 from gradpursuit.data.schemas import Conversation
+from gradpursuit.data.template_file import template_source
 from gradpursuit.data.templates import ChatTemplate, Span
 from gradpursuit.errors import DataError, ModelError
 
@@ -73,8 +75,10 @@ class Renderer:
         turns: what is supervised.
         template_variables: for the chat template, beside the conversation.
         limits: of the model that is to read the rows, kept as `limits`; None: none.
+        chat_template: a file with one, or the text of one, instead of the tokenizer's own.
 
     Raises:
+        ConfigError: the chat template that was given cannot be read or parsed.
         ModelError: the tokenizer gives no character offsets, or has neither a template nor an end token.
     """
 
@@ -84,15 +88,23 @@ class Renderer:
         turns: Turns = "assistant",
         template_variables: Mapping[str, Any] | None = None,
         limits: Limits | None = None,
+        chat_template: str | None = None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
                 f"tokenizer {type(tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
             )
-        if tokenizer.chat_template is None and tokenizer.eos_token is None:
-            raise ModelError("the tokenizer has neither a chat template nor an end-of-sequence token")
+        if chat_template is not None:
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.chat_template = template_source(chat_template)
+        if not tokenizer.chat_template and tokenizer.eos_token is None:
+            raise ModelError(
+                "the tokenizer has neither a chat template nor an end-of-sequence token; data.chat_template takes one"
+            )
         self._tokenizer, self._turns, self.limits = tokenizer, turns, limits or Limits()
-        self._template = ChatTemplate(tokenizer, template_variables or {}) if tokenizer.chat_template else None
+        self._template = (
+            ChatTemplate(tokenizer, template_variables or {}, chat_template) if tokenizer.chat_template else None
+        )
 
     @cached_property
     def _bound(self) -> Bound:
@@ -145,10 +157,33 @@ class Renderer:
                 add_special_tokens=add_special,
                 return_offsets_mapping=True,
                 return_attention_mask=False,
+                return_special_tokens_mask=True,
             )
-            for (i, text), ids, offsets in zip(chosen, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                found[i] = Rendered(ids, self._labels(ids, offsets, text.spans), text.text)
+            columns = (encoded[name] for name in ("input_ids", "offset_mapping", "special_tokens_mask"))
+            for (i, text), ids, offsets, added in zip(chosen, *columns, strict=True):
+                labels = self._labels(ids, offsets, text.spans)
+                if add_special:
+                    ids, labels = self._once(ids, labels, added)
+                found[i] = Rendered(ids, labels, text.text)
         return found
+
+    def _once(self, ids: list[int], labels: list[int], added: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Plain text without the special tokens that the tokenizer added to those that stand in it already.
+
+        A beginning that stands in the text is not supervised, as one that the tokenizer adds is not. The end is written
+        by us, so that it is supervised.
+        """
+        begin, end = added.index(0) if 0 in added else len(ids), len(ids)
+        while end > begin and added[end - 1]:
+            end -= 1
+        body = ids[begin:end]
+        written = 1 if body and ids[begin] == self._tokenizer.bos_token_id else 0
+        if body and not written and self._tokenizer.bos_token_id is None and begin and ids[begin] == ids[begin - 1]:
+            written = 1
+        head = [token for token in ids[:begin] if not written or token != body[0]]
+        tail = [token for token in ids[end:] if not body or token != body[-1]]
+        ignored = [IGNORE] * len(head) + [IGNORE] * written + labels[begin + written : end] + [IGNORE] * len(tail)
+        return head + body + tail, ignored
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, special ones included."""
@@ -157,8 +192,8 @@ class Renderer:
     def _text(self, conversation: Conversation) -> _Text:
         full = self._turns == "full"
         if conversation.text is not None:
-            text = conversation.text + str(self._tokenizer.eos_token or "")
-            return _Text(text, [(0, len(text))], True)
+            text, end = self._ended(conversation.text)
+            return _Text(text, [(0, end)], True)
         if full and conversation.untrained:
             raise DataError(
                 f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full "
@@ -166,7 +201,8 @@ class Renderer:
             )
         turns = [] if full else self._supervised(conversation)
         if self._template:
-            text, spans = self._template.render(conversation, turns)
+            needed = range(len(conversation.messages)) if full else turns
+            text, spans = self._template.render(conversation, turns, needed)
         else:
             text, spans = self._without_template(conversation, turns)
         return _Text(text, [(0, len(text))] if full else spans, self._template is None)
@@ -202,11 +238,31 @@ class Renderer:
         if roles != ["user", "assistant"] or _says_more(messages[1]) or conversation.tools:
             raise DataError(
                 "the tokenizer has no chat template, which only a prompt and a completion can do without; "
-                f"this row has turns {roles}"
+                f"this row has {_turns_in_words(conversation, roles)}; set data.chat_template to a template (a file or "
+                "the text of one)"
             )
         prompt = messages[0]["content"]
-        text = prompt + messages[1]["content"] + str(self._tokenizer.eos_token)
-        return text, [(len(prompt), len(text))] if turns else []
+        text, end = self._ended(prompt + messages[1]["content"])
+        return text, [(len(prompt), end)] if turns else []
+
+    def _ended(self, text: str) -> tuple[str, int]:
+        """Plain text with one end token, and where that ends: one that stands in the text already is not repeated."""
+        begins = {self._tokenizer.bos_token, self._tokenizer.unk_token, self._tokenizer.mask_token} - {
+            self._tokenizer.eos_token
+        }
+        special = (token for token in self._tokenizer.added_tokens_decoder.values() if token.special)
+        ends = {str(token) for token in (self._tokenizer.eos_token, *special) if token and str(token) not in begins}
+        said = text.rstrip()
+        if any(map(said.endswith, ends)):
+            return text, len(said)
+        text += str(self._tokenizer.eos_token or "")
+        return text, len(text)
+
+
+def _turns_in_words(conversation: Conversation, roles: list[str]) -> str:
+    if roles == ["user", "assistant"]:
+        return "tools" if conversation.tools else "tool calls or reasoning"
+    return f"turns {roles}"
 
 
 def _says_more(message: Mapping[str, Any]) -> bool:

@@ -1,0 +1,90 @@
+"""The setting `data.chat_template`: a file, or the template itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import ClassVar
+
+from gradpursuit.errors import ConfigError
+
+_LARGEST = 1 << 20  # bytes; the longest that models ship has about 30,000
+_TAG = re.compile(r"\{[{%#]")
+
+
+def is_template_text(value: str) -> bool:
+    """Whether the setting is a template, not the path of one."""
+    return bool(_TAG.search(value)) or "\n" in value
+
+
+def template_source(value: str) -> str:
+    """The template that the setting means: itself, or what the file holds.
+
+    Raises:
+        ConfigError: the file is missing, too large, not UTF-8, or no template.
+    """
+    if is_template_text(value):
+        return value
+    path = Path(value)
+    where = f"data.chat_template '{value}'"
+    try:
+        path = path.expanduser()
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise ConfigError(f"{where}: larger than {_LARGEST:,} bytes; expected a Jinja template")
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not UTF-8 text; expected a Jinja template") from None
+    except (OSError, ValueError, RuntimeError) as error:  # no such user, a NUL in the name
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(
+            f"{where}: cannot be read: {reason}; give the path of a file, or the template itself"
+        ) from None
+    if not _TAG.search(text):
+        raise ConfigError(f"{where}: holds no Jinja template: there is no {{{{ ... }}}} or {{% ... %}} in it")
+    if _is_object(text):
+        raise ConfigError(f"{where}: a JSON file; put the template alone, the value of 'chat_template', into a file")
+    return text
+
+
+def check_template(source: str, value: str | None = None) -> None:
+    """See that a template can be parsed.
+
+    Args:
+        source: of the template.
+        value: of the setting that it is from; None: the tokenizer's own.
+
+    Raises:
+        ConfigError: naming the line of the first mistake.
+    """
+    from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+
+    class Marks(Extension):
+        """`{% generation %}`: for the syntax alone."""
+
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    where = "the tokenizer's chat template"
+    if value is not None:
+        where = "data.chat_template" if is_template_text(value) else f"data.chat_template '{value}'"
+    try:
+        Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, loopcontrols]).from_string(source)
+    except TemplateSyntaxError as error:
+        raise ConfigError(f"{where}: line {error.lineno}: {error.message}; fix the template") from None
+    except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
+        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error) or type(error).__name__
+        raise ConfigError(f"{where}: cannot be compiled: {reason}; fix the template") from None
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False

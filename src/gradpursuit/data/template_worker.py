@@ -1,0 +1,74 @@
+"""The process in which chat templates run: a program of its own, which imports nothing of this package.
+
+A template is a program from a stranger. The sandbox of jinja2 keeps it from files and from Python, not from looping or
+from filling memory, which only another process can be kept from. It reads requests and writes answers, each a line of
+JSON; it ends with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+MEMORY = 1 << 30  # bytes beside what the libraries take
+LONGEST = 1 << 25  # characters of a rendered text
+
+
+def _bounded() -> None:
+    """Limit the memory of this process, where the system can."""
+    try:
+        import resource
+
+        taken = int(Path("/proc/self/statm").read_text("ascii").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    except (ImportError, OSError, ValueError):
+        pass  # time is bounded all the same
+
+
+def _rendered(request: dict[str, Any]) -> dict[str, Any]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[request["messages"]],
+        tools=request["tools"] or None,
+        chat_template=request["template"],
+        add_generation_prompt=request["prompt"],
+        return_assistant_tokens_mask=request["marks"],
+        **request["variables"],
+    )
+    if len(texts[0]) > LONGEST:
+        return {"limit": f"writes more than {LONGEST:,} characters"}
+    return {"text": texts[0], "spans": spans[0] if request["marks"] else []}
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
+    answers = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    sys.path.pop(0)  # the folder of this file, whose names are not those of libraries
+    import transformers.utils.chat_template_utils  # noqa: F401 - before memory is bounded
+
+    _bounded()
+    answers.write("ready\n")
+    answers.flush()
+    for line in sys.stdin.buffer:
+        try:
+            answer = _rendered(json.loads(line))
+        except MemoryError:
+            answer = {"limit": f"needs more than {MEMORY >> 20:,} MB of memory"}
+        except RecursionError:
+            answer = {"error": "it calls itself without end"}
+        except Exception as error:  # a template is a program of its own, and can fail in any way
+            answer = {"error": str(error)[:2000] or type(error).__name__}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
