@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import ClassVar
 
 from gradpursuit.errors import ConfigError
 
@@ -45,42 +44,6 @@ def template_source(value: str) -> str:
     if _is_object(text):
         raise ConfigError(f"{where}: a JSON file; put the template alone, the value of 'chat_template', into a file")
     return text
-
-
-def check_template(source: str, value: str | None = None) -> None:
-    """See that a template can be parsed.
-
-    Args:
-        source: of the template.
-        value: of the setting that it is from; None: the tokenizer's own.
-
-    Raises:
-        ConfigError: naming the line of the first mistake.
-    """
-    from jinja2 import Environment, TemplateError, TemplateSyntaxError, nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-
-    class Marks(Extension):
-        """`{% generation %}`: for the syntax alone."""
-
-        tags: ClassVar[set[str]] = {"generation"}
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    where = "the tokenizer's chat template"
-    if value is not None:
-        where = "data.chat_template" if is_template_text(value) else f"data.chat_template '{value}'"
-    try:
-        Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Marks, loopcontrols]).from_string(source)
-    except TemplateSyntaxError as error:
-        raise ConfigError(f"{where}: line {error.lineno}: {error.message}; fix the template") from None
-    except (TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
-        reason = "too deeply nested" if isinstance(error, RecursionError) else str(error) or type(error).__name__
-        raise ConfigError(f"{where}: cannot be compiled: {reason}; fix the template") from None
 
 
 def _is_object(text: str) -> bool:

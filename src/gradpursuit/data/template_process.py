@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gradpursuit.errors import DataError, ModelError
+from gradpursuit.data.template_file import is_template_text
+from gradpursuit.errors import ConfigError, DataError, ModelError
 
 Span = tuple[int, int]  # of characters
 SECONDS = 10.0  # for one conversation; a thousandth is usual
@@ -67,6 +68,26 @@ def rendered(
     if "error" in answer:
         raise DataError(f"the chat template refuses this conversation: {answer['error']}")
     return answer["text"], [(start, stop) for start, stop in answer["spans"] if stop > start]
+
+
+def check_template(source: str, value: str) -> None:
+    """See that a template can be parsed; even that is done in the other process, since constants are computed then.
+
+    Args:
+        source: of the template.
+        value: of the setting data.chat_template that it is from.
+
+    Raises:
+        ConfigError: naming the line of the first mistake.
+        ModelError: it takes too long, or too much memory.
+    """
+    answer = _process().ask(json.dumps({"check": source}).encode("ascii") + b"\n")
+    where = "data.chat_template" if is_template_text(value) else f"data.chat_template '{value}'"
+    if "limit" in answer:
+        raise ConfigError(f"{where}: the template {answer['limit']}; fix it")
+    if "error" in answer:
+        line = f"line {answer['line']}: " if answer.get("line") else ""
+        raise ConfigError(f"{where}: {line}{answer['error']}; fix the template")
 
 
 class _Process:

@@ -33,7 +33,7 @@ def _bounded() -> None:
 def _rendered(request: dict[str, Any]) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    texts, spans = render_jinja_template(
+    made: Any = render_jinja_template(
         conversations=[request["messages"]],
         tools=request["tools"] or None,
         chat_template=request["template"],
@@ -41,9 +41,21 @@ def _rendered(request: dict[str, Any]) -> dict[str, Any]:
         return_assistant_tokens_mask=request["marks"],
         **request["variables"],
     )
+    texts, spans = made
     if len(texts[0]) > LONGEST:
         return {"limit": f"writes more than {LONGEST:,} characters"}
     return {"text": texts[0], "spans": spans[0] if request["marks"] else []}
+
+
+def _checked(template: str) -> dict[str, Any]:
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        _compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        return {"error": str(error.message), "line": error.lineno}
+    return {}
 
 
 def main() -> None:
@@ -59,11 +71,12 @@ def main() -> None:
     answers.flush()
     for line in sys.stdin.buffer:
         try:
-            answer = _rendered(json.loads(line))
+            request = json.loads(line)
+            answer = _checked(request["check"]) if "check" in request else _rendered(request)
         except MemoryError:
             answer = {"limit": f"needs more than {MEMORY >> 20:,} MB of memory"}
         except RecursionError:
-            answer = {"error": "it calls itself without end"}
+            answer = {"error": "it calls itself without end, or is nested too deeply"}
         except Exception as error:  # a template is a program of its own, and can fail in any way
             answer = {"error": str(error)[:2000] or type(error).__name__}
         answers.write(json.dumps(answer) + "\n")

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.data.completeness import REASONING, Marked
 from gradpursuit.data.schemas import Conversation
-from gradpursuit.data.template_file import check_template
-from gradpursuit.data.template_process import Span, rendered
+from gradpursuit.data.template_process import Span, check_template, rendered
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -144,16 +143,18 @@ class ChatTemplate:
             end=max(ends, key=len, default=""),
         )
 
-    @staticmethod
-    def _once(conversation: Conversation, form: _Form) -> Conversation:
+    def _once(self, conversation: Conversation, form: _Form) -> Conversation:
         """The conversation without the special tokens at its borders that the template writes itself."""
         made = [dict(message) for message in conversation.messages]
         while form.begin and made and made[0]["content"].startswith(form.begin):
             made[0]["content"] = made[0]["content"][len(form.begin) :]
-        for message in made:
+        # The tokenizer's end token says the same as another one that the template writes.
+        ends = tuple({form.end, str(self._tokenizer.eos_token or form.end)}) if form.end else ()
+        for message in made if ends else ():
             said = message["content"].rstrip()
-            while form.end and message["role"] == "assistant" and said.endswith(form.end):
-                said = message["content"] = said[: -len(form.end)].rstrip()
+            while message["role"] == "assistant" and said.endswith(ends):
+                end = max(filter(said.endswith, ends), key=len)
+                said = message["content"] = said[: -len(end)].rstrip()
         return replace(conversation, messages=tuple(made))
 
     def _warn_of_unread_keys(self, conversation: Conversation, form: _Form) -> None:
