@@ -194,6 +194,7 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b'{"prompt": "q", "completion": "a", "tools": "' + b"[" * 200_000 + b'"}', "nested more than 100 deep"),
         (b'{"prompt": "q", "completion": "a", "prompt": "r"}', "the key 'prompt' is there twice"),
         (b'{"messages": [{"role": "user", "role": "tool", "content": "x"}]}', "the key 'role' is there twice"),
+        (b'{"prompt": "q", "completion": "a", "a\\u0000b": 1}', "column 'a\\x00b': a name with the character NUL"),
         (b'{"conversations": []}', "'conversations': expected a list"),
         (b'{"conversations": [{"from": "gpt", "value": null}]}', "'conversations'[0]: expected 'from' and a text"),
         (b'{"prompt": "q \\ud83d", "completion": "a"}', "half a character (\\ud83d alone)"),

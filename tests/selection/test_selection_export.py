@@ -12,9 +12,9 @@ from gradpursuit.selection import Selection
 from gradpursuit.selection.export import copies_chosen, read_selection, write_selection
 
 
-def row(name: str, digest: str | None = None, **columns: object) -> Row:
+def row(name: str, digest: str | None = None, file: str = "pool.jsonl", **columns: object) -> Row:
     original = json.dumps({"prompt": f"p {name}", "completion": "c", **columns}, ensure_ascii=False)
-    return Row(name, digest or f"hash-{name}", "pool.jsonl", 1, original, [1, 2], [-100, 2])
+    return Row(name, digest or f"hash-{name}", file, 1, original, [1, 2], [-100, 2], file)
 
 
 def pool() -> Table:

@@ -166,3 +166,67 @@ def test_values_without_one_type_become_text_where_they_must(tmp_path: Path) -> 
     for found in (load_from_disk(str(tmp_path / "dataset")), load_dataset(str(tmp_path), **cached(tmp_path))):
         assert [json.loads(text) for text in found["answer"]] == values
         assert [json.loads(text) for text in found["empty"]] == [{}, {}, {}]
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = {"a": [value]}
+    return value
+
+
+def calls(*given: dict[str, Any]) -> list[dict[str, Any]]:
+    said = [{"role": "assistant", "content": "", "tool_calls": [{"name": "n", "arguments": each}]} for each in given]
+    return [{"role": "user", "content": "q"}, *said]
+
+
+@pytest.mark.parametrize(
+    ("values", "as_text"),
+    [
+        ([1, 2.5, None], False),
+        ([True, 1, None], True),
+        (["a", 1, None], True),
+        ([2**70, 1, 0], True),
+        ([2**60 + 1, 0.5, 1], True),
+        ([{"a": 1}, {"a": 2}, None], False),
+        ([{"a": 1}, {"b": 2}, None], True),
+        ([{}, {"a": {}}, None], True),
+        ([[], None, [1]], False),
+        ([nested(2), nested(2), None], False),
+        ([nested(45), nested(45), None], True),
+        ([{"a\0b": 1}, {"a\0b": 2}, None], True),
+        ([calls({"x": 1}), calls({"x": 2}, {"x": 3}), None], False),
+        ([calls({"x": 1}), calls({"y": 1}), None], True),
+        ([[float("nan")], [1.0], [2.0]], False),
+    ],
+)
+def test_columns_of_any_type_agree_in_every_file(tmp_path: Path, values: list[Any], as_text: bool) -> None:
+    table = Table([row(name, column=value) for name, value in zip("abc", values, strict=True)])
+    write_subset(tmp_path / "s", Subset.of(Selection(np.arange(3), np.ones(3), np.ones(3, int)), table), ORIGIN)
+
+    def strict(name: str) -> list[dict[str, Any]]:
+        text = (tmp_path / "s" / name).read_text("utf-8")
+        return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines()]
+
+    found = [record["column"] for record in strict("selected.jsonl")]
+    assert found == json.loads(json.dumps(values), parse_constant=lambda _: None)
+    assert [record["column"] for record in strict("repeated.jsonl")][:3] == found
+    stored = [record["column"] for record in load_from_disk(tmp_path / "s" / "dataset").to_list()]
+    if as_text:
+        stored = [None if value is None else json.loads(value) for value in stored]
+    for before, after in zip(found, stored, strict=True):
+        if before and isinstance(before[0] if isinstance(before, list) else None, dict):
+            after = [{key: value for key, value in message.items() if value is not None} for message in after]
+        assert before == after
+
+
+def test_rows_of_sources_that_number_their_own_are_told_apart() -> None:
+    rows = [
+        row("0", source="web"),
+        Row("b.jsonl/0", "h", "/x/b.jsonl", 1, json.dumps({"id": 0, "prompt": "p"}), [1], [1], "/x/b.jsonl"),
+    ]
+    made = Subset.of(Selection(np.arange(2), np.ones(2), np.ones(2, int)), Table(rows))
+    assert [(record["id"], record["pool_source"]) for record in made.records()] == [("0", "pool.jsonl"), (0, "b.jsonl")]
+    assert made.records()[0]["source"] == "web"
+    plain = Subset.of(Selection(np.arange(1), np.ones(1), np.ones(1, int)), Table(rows))
+    assert "pool_source" not in plain.records()[0]

@@ -146,6 +146,8 @@ class _Reader:
 
     def _kept(self, columns: dict[str, Any], line: int) -> tuple[dict[str, Any], str]:
         """The columns without NaN and infinity, and their JSON text."""
+        if named := next((name for name in columns if "\0" in name), None):
+            raise DataError(f"column {named!r:.80}: a name with the character NUL, which no table can have; rename it")
         try:
             kept, original = strict(columns)
         except DataError as error:

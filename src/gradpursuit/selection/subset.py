@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gradpursuit.sources import short_names
 RESERVED = ("weight", "rank", "layer", "repeats")
 GIVING_WAY = ("source", "duplicate_of")  # columns that many pools have themselves, which then stay as they are
 FOLDER = "dataset"
+_DEPTH = 30  # levels of a column; Parquet's own limit is about a hundred, and a list has three of its levels
 REPEATS = 4  # rows of the repeats file for each that was chosen, unless said otherwise
 _OWN_TYPES = {"weight": pa.float64(), "rank": pa.int64(), "layer": pa.int64()}
 
@@ -40,6 +42,7 @@ class Subset:
         duplicate_of: of each row, the id of an earlier row of the pool with the same text up to case and white
             space, or None.
         left_out: columns that are not added, as rows of the pool have columns of that name themselves.
+        source_column: the name under which the sources are added; empty: they are not.
     """
 
     rows: Sequence[Row]
@@ -49,6 +52,7 @@ class Subset:
     sources: Sequence[str]
     duplicate_of: Sequence[str | None]
     left_out: Sequence[str]
+    source_column: str = "source"
 
     @classmethod
     def of(cls, selection: Selection, pool: Table) -> Subset:
@@ -60,7 +64,14 @@ class Subset:
         copies = [None if firsts[row.hash] == row.id else firsts[row.hash] for row in rows]
         sources = [names[row.source] for row in rows]
         left_out = [name for name in GIVING_WAY if name in pool.column_names]
-        return cls(rows, selection.weights[order], order + 1, selection.layers[order], sources, copies, left_out)
+        column = "source"
+        if column in left_out:
+            # Where sources number their own rows, nothing else tells two rows of one `id` apart.
+            shared = any(row.id != str(row.columns.get("id", row.id)) for row in rows)
+            free = (f"pool_source{number or ''}" for number in count())
+            column = next(name for name in free if name not in pool.column_names) if shared else ""
+        weights, layers = selection.weights[order], selection.layers[order]
+        return cls(rows, weights, order + 1, layers, sources, copies, left_out, column)
 
     @property
     def mix(self) -> dict[str, int]:
@@ -79,8 +90,10 @@ class Subset:
         records = []
         for row, (weight, rank, layer, source, copy) in zip(self.rows, added, strict=True):
             more: dict[str, Any] = {"weight": float(weight), "rank": int(rank), "layer": int(layer)}
-            giving_way = {"source": source, "duplicate_of": copy}
-            more.update((name, value) for name, value in giving_way.items() if name not in self.left_out)
+            if self.source_column:
+                more[self.source_column] = source
+            if "duplicate_of" not in self.left_out:
+                more["duplicate_of"] = copy
             records.append({"id": row.id, **row.columns, **more})
         return records
 
@@ -125,7 +138,8 @@ def write_rows(folder: Path, subset: Subset, repeats: NDArray[np.int64]) -> list
     records = subset.records()
     write_lines(folder / "selected.jsonl", records)
     write_lines(folder / "repeated.jsonl", _repeated(records, repeats))
-    kinds = _OWN_TYPES | {name: pa.string() for name in GIVING_WAY if name not in subset.left_out}
+    texts = {subset.source_column, "duplicate_of"} - set(subset.left_out)
+    kinds = _OWN_TYPES | {name: pa.string() for name in texts}
     table, as_text = to_arrow(records, kinds)
     with write_atomic(folder / "selected.parquet") as file:
         pq.write_table(table, file)
@@ -159,18 +173,38 @@ def to_arrow(records: Sequence[dict[str, Any]], kinds: Mapping[str, pa.DataType]
 
 
 def _arrow(values: list[Any], kind: pa.DataType | None) -> pa.Array | None:
-    """The values as a column, or None if they have no one type that Parquet knows."""
+    """The values as a column, or None if they have no one type that Parquet knows and that gives them back."""
     try:
         column = pa.array(values, kind)
-    except (pa.ArrowException, OverflowError, TypeError):
+        if not _is_kept(column.type) or not all(map(_comes_back, values, column.to_pylist())):
+            return None
+    except (pa.ArrowException, OverflowError, TypeError, ValueError):
         return None
-    return None if _has_empty_struct(column.type) else column
+    return column
 
 
-def _has_empty_struct(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and not kind.num_fields:
+def _is_kept(kind: pa.DataType, depth: int = 1) -> bool:
+    """Whether Parquet and `datasets` keep values of a type: no empty objects, no names with NUL, not nested deep."""
+    fields = [kind.field(i) for i in range(kind.num_fields)]
+    if depth > _DEPTH or (pa.types.is_struct(kind) and not fields):
+        return False
+    return all("\0" not in field.name and _is_kept(field.type, depth + 1) for field in fields)
+
+
+def _comes_back(value: Any, kept: Any) -> bool:
+    """Whether a table gives a value back. It fills up objects with null to the keys of the others; that is allowed of
+    the objects of a list alone, as of messages: inside a tool call it would be another call."""
+    if value == kept:
         return True
-    return any(_has_empty_struct(kind.field(i).type) for i in range(kind.num_fields))
+    return (
+        isinstance(value, list)
+        and isinstance(kept, list)
+        and len(value) == len(kept)
+        and all(
+            isinstance(part, dict) and {**dict.fromkeys(full), **part} == full
+            for part, full in zip(value, kept, strict=True)
+        )
+    )
 
 
 def _save(table: pa.Table, folder: Path) -> None:
@@ -193,9 +227,9 @@ def _repeated(records: Sequence[dict[str, Any]], repeats: NDArray[np.int64]) -> 
     They tell `repeats` instead of the weight, which a trainer that does use weights would otherwise count twice.
     """
     for turn in range(int(repeats.max(initial=0))):
-        for record, count in zip(records, repeats.tolist(), strict=True):
-            if count > turn:
-                yield {**{name: value for name, value in record.items() if name != "weight"}, "repeats": count}
+        for record, number in zip(records, repeats.tolist(), strict=True):
+            if number > turn:
+                yield {**{name: value for name, value in record.items() if name != "weight"}, "repeats": number}
 
 
 def _firsts(pool: Table, hashes: set[str]) -> dict[str, str]:
