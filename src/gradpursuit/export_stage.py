@@ -159,7 +159,7 @@ def _write(
         ("columns_left_out", "the rows have such columns of their own, which stay as they are"),
         (
             "columns_as_text",
-            "values of several types, in Parquet and the saved data set as JSON text",
+            "of several types, or values that a table would change: in Parquet and the saved data set as JSON text",
         ),
     ):
         if first[key]:

@@ -133,7 +133,7 @@ def write_rows(folder: Path, subset: Subset, repeats: NDArray[np.int64]) -> list
 
     Returns:
         The columns that are kept as JSON text in `selected.parquet` and `dataset/`, as their values are of several
-        types or empty objects.
+        types, or a table would change them.
     """
     records = subset.records()
     write_lines(folder / "selected.jsonl", records)
