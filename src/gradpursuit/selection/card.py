@@ -109,15 +109,16 @@ def _columns(subset: Subset, as_text: Sequence[str]) -> str:
         "",
         "* `weight`: what its loss is to be multiplied by; 1 on average,",
         "* `rank`: from 1, the best; `layer`: above 1 for rows chosen after the first layer had matched the target,",
-        f"* `{subset.source_column or 'source'}`: where it is from; `duplicate_of`: the id of an earlier row of the pool "
-        "with the same text.",
+        f"* `{subset.source_column or 'source'}`: where it is from; `duplicate_of`: the id of an earlier row of the "
+        "pool with the same text.",
     ]
     if subset.left_out:
         lines += ["", f"The rows have {_names(subset.left_out)} of their own, which stayed as they were."]
     if as_text:
         lines += [
             "",
-            f"In `selected.parquet` and `dataset/`, {_names(as_text)} hold JSON text, as their types differ or a table would change them.",
+            f"In `selected.parquet` and `dataset/`, {_names(as_text)} hold JSON text, as their types differ or a "
+            "table would change them.",
         ]
     return "\n".join(["## Columns", "", *lines])
 
