@@ -18,7 +18,6 @@ TURNS = (
     "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-THINKS = TURNS.replace("'<|assistant|>' }}{% endif %}", "'<|assistant|><think>' }}{% endif %}")
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +90,40 @@ def test_special_tokens_of_a_template_are_written_once(base: Any, begin: str, en
     assert spoken == "because </s> so </s>"
 
 
-def test_the_role_mark_is_never_supervised(base: Any) -> None:
+@pytest.mark.parametrize("marks", [False, True])
+def test_the_role_mark_is_never_supervised(base: Any, marks: bool) -> None:
     """The prompt for an answer ends in <think>, which an answer need not have."""
-    marked = THINKS.replace("{{ '<|' + m.role", "{% generation %}{{ '<|' + m.role").replace(
-        "{% endif %}{% endfor %}", "{% endif %}{% endgeneration %}{% endfor %}"
+    answers = "{{ '<|assistant|>' + m.content + eos_token }}"
+    answers = "{% generation %}" + answers + "{% endgeneration %}" if marks else answers
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}" + answers + "{% else %}"
+        "{{ '<|' + m.role + '|>' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"
     )
-    for template in (THINKS, marked):
-        last = Renderer(base, "last-turn", chat_template=template)
-        for turns in (
-            [user("why "), assistant(" because")],
-            [user("so "), assistant(" so "), user("why "), assistant(" because")],
-        ):
-            if template == THINKS or len(turns) == 2:
-                spoken = words(base, last(turns))[1]
-                assert spoken.endswith("because </s>")
-                assert template != THINKS or spoken == "because </s>"
-    assert (
-        words(base, Renderer(base, chat_template=THINKS)([user("why "), assistant("<think> so </think> because")]))[1]
-        == "so </think> because </s>"
-    )
+    renderer = Renderer(base, chat_template=template)
+    for untrained, spoken in ((set(), "so </s> because </s>"), ({1}, "because </s>"), ({3}, "so </s>")):
+        row = (user("so "), assistant(" so "), user("why "), assistant(" because "))
+        assert words(base, renderer.many([Conversation(row, untrained=frozenset(untrained))])[0])[1] == spoken
+    thinks = [user("why "), assistant("<think> so </think> because")]
+    assert words(base, renderer(thinks))[1] == "so </think> because </s>"
+
+
+def test_threads_and_forks_share_no_answers(base: Any) -> None:
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    renderer = Renderer(base, chat_template=TURNS)
+    rows = [[user("why " * (i + 1)), assistant(" so" * (i + 1))] for i in range(40)]
+    wanted = [words(base, renderer(row)) for row in rows]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda row: words(base, renderer(row)), rows)) == wanted
+    before = template_process._the_process
+    child = os.fork()
+    if child == 0:
+        same = template_process._process() is before
+        os._exit(int(same))
+    assert os.waitpid(child, 0)[1] == 0
+    assert template_process._process() is before
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])

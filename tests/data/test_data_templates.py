@@ -11,7 +11,7 @@ import pytest
 import trl
 
 from gradpursuit.data import IGNORE, Conversation, Rendered, Renderer
-from gradpursuit.errors import DataError
+from gradpursuit.errors import DataError, ModelError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 STOCK = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
@@ -251,3 +251,109 @@ def test_how_masks_are_found_is_told(tokenizer: Any) -> None:
     expected = {"llama3": "TRL's training version", "lfm2_2_5": "the tokenizer's own", "chatml": "turn by turn"}
     for name, words in expected.items():
         assert words in Renderer(using(tokenizer, name)).masks
+
+
+SAID = {"role": "system", "content": "Terse wording, please."}
+THOUGHT, CUT = "clouds gather", "<think>\nclouds gather\n</think>\n\nYes indeed."
+RAIN = [
+    user("Does it rain?"),
+    assistant("", tool_calls=[CALL]),
+    {"role": "tool", "name": "get_weather", "content": "Heavy showers."},
+    assistant("Yes indeed."),
+]
+ROWS: dict[str, tuple[list[dict[str, Any]], list[str]]] = {  # messages, and what has to come through
+    "two turns": (
+        [user("Where to?"), assistant("Home first."), user("And then?"), assistant("Abroad.")],
+        ["Home first.", "Abroad."],
+    ),
+    "system": ([SAID, user("Where to?"), assistant("Home first.")], ["Terse wording, please."]),
+    "tools": (RAIN, ["get_weather", "Bergen", "Heavy showers."]),
+    "text beside a call": (
+        [RAIN[0], assistant("Let me look.", tool_calls=[CALL]), *RAIN[2:]],
+        ["get_weather", "Bergen", "Heavy showers.", "Let me look."],
+    ),
+    "reasoning": ([RAIN[0], assistant("Yes indeed.", reasoning_content=THOUGHT)], [THOUGHT]),
+    "thinking": ([RAIN[0], assistant("Yes indeed.", thinking=THOUGHT)], [THOUGHT]),
+    "reasoning of an earlier turn": (
+        [RAIN[0], assistant("Yes indeed.", reasoning_content=THOUGHT), user("Still?"), assistant("No more.")],
+        [THOUGHT],
+    ),
+    "tags": ([RAIN[0], assistant(CUT)], [THOUGHT]),
+    "tags of an earlier turn": ([RAIN[0], assistant(CUT), user("Still?"), assistant("No more.")], [THOUGHT]),
+}  # fmt: skip
+BLOCKS = {"two turns", "reasoning of an earlier turn", "tags of an earlier turn"}
+LISTED = {  # rows that a training version writes otherwise than the model's own template: see docs/data.md
+    "deepseek_r1_distill": {"tags", "tags of an earlier turn"},
+    "glm4moe": set(ROWS),
+    "qwen3": BLOCKS | {"tools", "text beside a call"},
+    "qwen3_5_nothink": BLOCKS,
+    "qwen3_5_think": BLOCKS,
+    "qwen3_6": BLOCKS,
+}
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK if name not in WITH_IMAGES])
+def test_what_is_rendered_is_what_the_tokenizer_renders(tokenizer: Any, name: str) -> None:
+    """Or the row is refused, and only where the template leaves something out."""
+    made = using(tokenizer, name)
+    renderer = Renderer(made)
+    for kind, (messages, parts) in ROWS.items():
+        tools = [TOOL] if any(message.get("tool_calls") for message in messages) else []
+        (found,) = renderer.many([Conversation(tuple(messages), tools=tuple(tools))])
+        try:
+            theirs = made.apply_chat_template(messages, tools=tools or None, tokenize=False)
+        except Exception:
+            assert isinstance(found, DataError), kind
+            continue
+        listed = kind in LISTED.get(name, ())
+        if isinstance(found, Rendered):
+            assert all(part in found.text for part in parts), kind
+            assert (found.text == theirs) is not listed, kind
+            if not listed:
+                ids = made.apply_chat_template(messages, tools=tools or None, return_dict=True)["input_ids"]
+                assert found.input_ids == ids
+        elif "rewrites earlier turns" not in str(found):
+            assert "leaves out" in str(found), (kind, str(found))
+            assert not all(part in theirs for part in parts), kind
+
+
+def test_named_templates(tokenizer: Any) -> None:
+    """The one called tool_use renders conversations with tools, as in the tokenizer."""
+    made = copy.copy(tokenizer)
+    use = (FOLDER / "qwen2_5.jinja").read_text("utf-8")
+    made.chat_template = {"default": CHATML, "tool_use": use}
+    renderer = Renderer(made)
+    for tools in ((), (TOOL,)):
+        (found,) = renderer.many([Conversation(tuple(TOOLS if tools else TWO), tools=tools)])
+        assert isinstance(found, Rendered), found
+        theirs = made.apply_chat_template(TOOLS if tools else TWO, tools=list(tools) or None, tokenize=False)
+        assert found.text == theirs
+        assert "Yes, it pours down." in "".join(runs(made, found)) or not tools
+    made.chat_template = {"rag": CHATML}
+    with pytest.raises(ModelError, match=r"multiple chat templates with no default.*data\.chat_template takes another"):
+        Renderer(made)
+    (found,) = Renderer(made, chat_template=CHATML).many([Conversation(tuple(TWO))])
+    assert isinstance(found, Rendered)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "deepseek_r1_distill", "chatml", "mistral", "lfm2_2_5"])
+def test_turns_that_are_not_to_be_learned(tokenizer: Any, name: str) -> None:
+    made = using(tokenizer, name)
+    for untrained, spoken, not_spoken in (({1}, "Answer two", "Answer one"), ({3}, "Answer one", "Answer two")):
+        (found,) = Renderer(made).many([Conversation(tuple(TWO), untrained=frozenset(untrained))])
+        assert isinstance(found, Rendered)
+        said = "".join(runs(made, found))
+        assert spoken in said
+        assert not_spoken not in said
+        assert "And then?" not in said
+        assert found.input_ids == Renderer(made)(TWO).input_ids
+
+
+def test_the_role_mark_of_r1_is_not_supervised(tokenizer: Any) -> None:
+    made = using(tokenizer, "deepseek_r1_distill")
+    plain, thinking = assistant("Yes."), assistant("<think>\nHm.\n</think>\n\nYes.")
+    for template in (made.chat_template, made.chat_template + " "):  # TRL's training version, and turn by turn
+        renderer = Renderer(made, chat_template=template)
+        assert runs(made, renderer([user("x"), plain, user("y"), plain])) == ["Yes.<｜end▁of▁sentence｜>"] * 2
+    spoken = runs(made, Renderer(made)([user("x"), thinking, user("y"), plain]))
+    assert spoken == ["Hm.\n</think>\n\nYes.<｜end▁of▁sentence｜>", "Yes.<｜end▁of▁sentence｜>"]

@@ -84,9 +84,9 @@ class Marked:
         if part.kind == "reasoning":
             keys = [key for key in REASONING if self._row.messages[part.turn].get(key)]
             where = f"'{keys[0]}'" if keys else "the part before </think> in its content"
-            later = any(message["role"] == "user" for message in self._row.messages[turn:])
-            last = ", or data.turns: last-turn where only earlier turns have some" if later else ""
-            return f"{start} the reasoning of turn {turn} ({where}); {_TEMPLATE}{last}, or remove it from the rows"
+            later = any(message["role"] == "assistant" for message in self._row.messages[turn:])
+            last = "; with data.turns: last-turn it may cut that of earlier turns" if later else ""
+            return f"{start} the reasoning of turn {turn} ({where}); {_TEMPLATE}, or remove it from the rows{last}"
         if not whole:
             return f"{start} a part of the {role} message of turn {turn} ({_short(part.text)}); {_TEMPLATE}"
         return f"{start} {role} messages (turn {turn}); {_TEMPLATE}"

@@ -204,11 +204,11 @@ class ChatTemplate:
         for turn in turns:
             prefix = self._rendered(form, conversation, turn, prompt=True)[0]
             until = text if turn == last else self._rendered(form, conversation, turn + 1, prompt=False)[0]
-            if turn != last and not text.startswith(until):
-                until = until[: self._trimmed(form, until, (len(prefix), len(until)))[1]]
             if form.role and prefix.endswith(form.prompt) and not until.startswith(prefix):
                 # The prompt begins the reasoning, which this answer does not have.
                 prefix = prefix.removesuffix(form.prompt) + form.role
+            if turn != last and not text.startswith(until):
+                until = until[: self._trimmed(form, until, (len(prefix), len(until)))[1]]
             if not until.startswith(prefix) or not text.startswith(until):
                 raise self._rewritten(turn)
             spans.append((len(prefix), len(until)))
