@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import random
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from breaking import broken_bytes, in_time, refusal
 from gradpursuit.config import RunConfig, load_config
-from gradpursuit.errors import ConfigError, GradPursuitError
+from gradpursuit.errors import ConfigError
 from gradpursuit.opening import read_config
 
 CASES = 1000
-SECONDS = 20
 VALUES: list[Any] = [
     1e300,
     -1e300,
@@ -94,32 +91,6 @@ TEXTS = [
 ]
 
 
-@contextmanager
-def in_time() -> Iterator[None]:
-    def late(_number: int, _frame: object) -> None:
-        raise AssertionError(f"more than {SECONDS} s")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def refusal(call: Callable[[], object], what: str) -> str | None:
-    """The message with which `call` refuses; None: it does not."""
-    try:
-        with in_time():
-            call()
-    except GradPursuitError as error:
-        return str(error)
-    except BaseException as error:
-        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    return None
-
-
 def fields() -> list[str]:
     sections = {name: value.annotation for name, value in RunConfig.model_fields.items()}
     found = list(sections)
@@ -162,11 +133,7 @@ def test_broken_bytes(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     whole = b"model: {path: m, lora: {r: 8}}\ndata:\n  pool: [p.jsonl]\n  target: t.jsonl\nselection: {k: 5}\nseed: 1\n"
     for seed in range(400):
-        made, content = random.Random(seed), bytearray(whole)
-        for _ in range(made.randint(1, 4)):
-            place = made.randrange(len(content))
-            content[place : place + made.randint(0, 3)] = made.randbytes(made.randint(0, 3))
-        path.write_bytes(bytes(content))
+        path.write_bytes(broken_bytes(whole, random.Random(seed)))
         message = refusal(lambda: load_config(path), f"seed {seed}")
         assert message is None or "c.yaml" in message, seed
 
