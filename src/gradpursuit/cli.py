@@ -60,6 +60,14 @@ def _run_verb(argv: Sequence[str]) -> int:
         place = f"{error.filename}: " if error.filename else ""
         _say(f"{place}{error.strerror or error}; finished work is kept")
         return 2
+    except Exception as error:
+        if os.environ.get("GRADPURSUIT_TRACEBACK"):
+            raise
+        _say(
+            f"this should not happen: {type(error).__name__}: {error}; finished work is kept. Please report it with "
+            "its traceback, which is in log.txt of the run folder, or shown if GRADPURSUIT_TRACEBACK=1 is set"
+        )
+        return 70  # a fault of the program, as sysexits.h numbers it
     except KeyboardInterrupt:
         print("gradpursuit: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

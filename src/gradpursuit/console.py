@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from gradpursuit import durable
+from gradpursuit.errors import GradPursuitError
 from gradpursuit.progress import Progress, listening
 from gradpursuit.shown import escaped, rich_console, shown
 
@@ -198,6 +199,10 @@ def at_work(run: Run) -> Iterator[None]:
         handler = _log_file(run.folder)
         try:
             yield
+        except Exception as error:
+            if not isinstance(error, GradPursuitError | OSError):
+                logging.getLogger("gradpursuit").debug("unexpected error", exc_info=True)
+            raise
         finally:
             logging.getLogger("gradpursuit").removeHandler(handler)
             handler.close()

@@ -201,7 +201,7 @@ def holder(folder: Path) -> Owner | None:
     """Who is at work in `folder` now; None: nobody. Changes nothing."""
     try:
         file = os.open(folder / NAME, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    except OSError:
+    except (OSError, ValueError):  # ValueError: no folder has such a name
         return None
     try:
         free = _lock(file, shared=True)

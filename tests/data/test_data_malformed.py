@@ -44,7 +44,7 @@ def test_broken_rows(tmp_path: Path, tiny_path: Path) -> None:
     good.write_text("".join(json.dumps({"prompt": f"{n} plus?", "completion": f"{n}!"}) + "\n" for n in range(8)))
     config = DataSection.model_validate({"pool": str(path), "target": str(good), "heldout": [], "max_dropped": 1})
     taken = 0
-    for seed in range(30):
+    for seed in range(60):
         made = random.Random(seed)
         rows = [GOOD[0], *(broken_tree(made.choice(GOOD), made) for _ in range(30))]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -79,7 +79,7 @@ def test_broken_files(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"pool.{ending}"
     path.write_bytes(whole)
     assert len(read(path)) == 20
-    for seed in range(60):
+    for seed in range(200):
         path.write_bytes(broken_bytes(whole, random.Random(seed)))
         message = refusal(lambda: read(path), f"{ending}, seed {seed}")
         assert message is None or path.name in message, (ending, seed)

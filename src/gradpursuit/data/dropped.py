@@ -69,7 +69,8 @@ class Dropped:
     def add(self, split: str, place: Place, reason: str, **more: Any) -> None:
         """Write one line; `more` goes into it as well."""
         record = drop_record(split, place, reason, **more)
-        self._file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        self._file.write(line.encode(errors="backslashreplace"))  # halves of characters in JSON's own way
         key = f"{split}: {reason}"
         if key not in self.reasons and len(self.reasons) >= _KINDS:
             key = f"{split}: other reasons"

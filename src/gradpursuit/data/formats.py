@@ -292,9 +292,24 @@ def _batches(data: Any, path: str) -> Iterator[Numbered]:
     number = 0
     with _arrow_errors(path):
         for table in data.with_format("arrow").iter(batch_size=_BATCH):
+            _require_sound(table)
             for columns in _dicts(table, path):
                 number += 1
                 yield number, columns
+
+
+def _require_sound(table: pa.Table) -> None:
+    """Refuse a damaged table: Arrow reads its files as they are, and where an offset points outside the process dies.
+
+    Raises:
+        pyarrow.ArrowInvalid: a column is damaged; text that is not UTF-8 spoils its row alone, see :func:`_dicts`.
+    """
+    for column in table.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if not (pa.types.is_string(column.type) and "UTF8" in str(error)):
+                raise
 
 
 _READERS: dict[str, Callable[[Input], Iterator[Numbered]]] = {
