@@ -118,6 +118,13 @@ def test_other_bytes_are_refused_and_removed(serve: Serve, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_a_download_larger_than_its_size_is_stopped(serve: Serve, tmp_path: Path) -> None:
+    serve(CONTENT * 8)
+    with pytest.raises(DownloadError, match=r"the package index sends more than the 1,048,576 bytes that the file has"):
+        fetch(ARCHIVE, tmp_path)
+    assert not list(tmp_path.glob("*.whl*"))
+
+
 def test_connection_that_breaks_in_the_middle(serve: Serve, tmp_path: Path) -> None:
     serve(CONTENT[:300_000], promised=len(CONTENT))
     with pytest.raises(DownloadError, match=rf"{NAME} could not be fetched \(\w+\); check the network") as caught:

@@ -169,7 +169,7 @@ def _download(archive: Archive, path: Path) -> None:
                 Progress(f"download {archive.filename}", archive.size >> 20, "MiB") as progress,
             ):
                 response.raise_for_status()
-                _save_blocks(response.iter_content(1 << 18), path, progress)
+                _save_blocks(response.iter_content(1 << 18), path, progress, archive.size)
     except NoSuchProjectError:
         raise DownloadError(f"the package index has no project '{archive.project}'; {hint}") from None
     except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
@@ -178,12 +178,22 @@ def _download(archive: Archive, path: Path) -> None:
         raise DownloadError(f"{archive.filename} could not be fetched ({type(error).__name__}); {hint}") from error
 
 
-def _save_blocks(blocks: Iterator[bytes], path: Path, progress: Progress) -> None:
+def _save_blocks(blocks: Iterator[bytes], path: Path, progress: Progress, size: int) -> None:
+    """Write what comes, at most `size` bytes: more than the file is known to have is another file.
+
+    Raises:
+        DownloadError: more came; nothing is kept.
+    """
     received = 0
     with write_atomic(path) as file:
         for block in blocks:
-            file.write(block)
             received += len(block)
+            if received > size:
+                raise DownloadError(
+                    f"{path.name}: the package index sends more than the {size:,} bytes that the file has; the download "
+                    "was stopped; check PIP_INDEX_URL"
+                )
+            file.write(block)
             progress.update((received >> 20) - progress.done)
 
 
