@@ -11,6 +11,7 @@ import pytest
 from gradpursuit import __version__
 from gradpursuit.cli import main
 from gradpursuit.files import sha256_of
+from gradpursuit.marker import run_id
 from jobs import Job
 
 
@@ -197,6 +198,7 @@ def test_a_manifest_that_is_none(job: Job, content: str, capsys: pytest.CaptureF
     job.run_dir.mkdir()
     (job.run_dir / "config.yaml").write_bytes(job.path.read_bytes())
     (job.run_dir / "manifest.json").write_text(content)
+    run_id(job.run_dir)  # a run, whose manifest was changed
     words = f"{job.run_dir / 'manifest.json'}: not a run manifest of format 1"
     for verb in ("status", "select"):
         assert words in fails([verb, str(job.run_dir)], capsys)

@@ -13,6 +13,7 @@ from gradpursuit.cli import main
 from gradpursuit.config import load_config
 from gradpursuit.errors import RunError, SelectionError
 from gradpursuit.manifest import Manifest
+from gradpursuit.marker import run_id
 from gradpursuit.pipeline import Run
 from gradpursuit.stages import STAGES, Stage
 from jobs import Job
@@ -351,6 +352,27 @@ def test_a_setting_that_is_refused_leaves_a_finished_run_as_it_was(
     assert words in capsys.readouterr().err
     assert files() == before
     assert not list(finished.run_dir.rglob(".*.gradpursuit-*"))
+
+
+@pytest.mark.parametrize("name", ["data/pool.parquet", "trajectory/checkpoint-1/state.json"])
+def test_a_damaged_file_is_named(finished: Job, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = finished.run_dir / name
+    path.write_bytes(path.read_bytes() + b" ")
+    assert main(["select", str(finished.run_dir)]) == 2
+    message = capsys.readouterr().err
+    assert f", of which {path} is missing or has changed; put it back from a copy, or run `gradpursuit" in message
+    assert path.read_bytes().endswith(b" ")
+
+
+def test_inputs_where_the_run_writes_are_refused(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("data/pool.jsonl", "selection/pool.jsonl", "exports/k-3/pool.jsonl"):
+        job.save(data={"pool": str(job.run_dir / name)})
+        (job.run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (job.run_dir / name).write_text((job.folder / "pool.jsonl").read_text())
+        run_id(job.run_dir)
+        assert main(["run", str(job.path)]) == 2
+        assert f"data.pool: {job.run_dir / name} lies where the run writes" in capsys.readouterr().err
+        assert (job.run_dir / name).read_text() == (job.folder / "pool.jsonl").read_text()
 
 
 def test_rows_without_a_gradient_are_listed_and_never_chosen(

@@ -158,6 +158,6 @@ def test_a_working_process_tells_its_numbers(tmp_path: Path) -> None:
                 assert read_progress(tmp_path, owner, "data") is None
                 assert read_progress(tmp_path, Owner(os.getpid() + 1, "h", "t", "c"), "gradients") is None
             assert (tmp_path / NAME).is_file()
-        assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+        assert {path.name for path in tmp_path.iterdir()} == {".lock", "run.json"}
         with Progress("nobody listens", 1):
             assert not (tmp_path / NAME).exists()

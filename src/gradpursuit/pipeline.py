@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.aside import replacing
+from gradpursuit.belongings import refuse_foreign, refuse_inputs_within
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig, rows_of
 from gradpursuit.durable import discard, sync_tree
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from gradpursuit.trajectory.model import Compute
 
 logger = logging.getLogger("gradpursuit")
-OWN_FOLDERS = ("data", "trajectory", "gradients", "selection", "evaluation", "targets", "exports")
 
 
 class Run:
@@ -90,7 +89,7 @@ class Run:
             check(self)
             refuse_inputs_within(self)
             for stage in STAGES[begin : names.index(upto) + 1]:
-                self._refuse_foreign(stage)
+                refuse_foreign(self, stage)
             if begin <= names.index("gradients") <= names.index(upto):
                 claim_store(self)
             fingerprint = ""
@@ -139,17 +138,22 @@ class Run:
         from gradpursuit.report import write_report
 
         with self.working("report"):
-            start, fingerprint = time.monotonic(), self.fingerprint("report")
-            files = write_report(self, full=full)
-            self.manifest.begin("report", fingerprint, self.config.seed)
-            self.manifest.complete("report", time.monotonic() - start, {}, files)
+            refuse_foreign(self, STAGES[-1])
+            with replacing(self.folder, "report", [self.folder / "manifest.json"]) as old:
+                for place in self.paths(STAGES[-1].writes):
+                    old.set_aside(place, copy=True)
+                start, fingerprint = time.monotonic(), self.fingerprint("report")
+                files = write_report(self, full=full)
+                self.manifest.begin("report", fingerprint, self.config.seed)
+                self.manifest.complete("report", time.monotonic() - start, {}, files)
+                old.commit(())
         return files
 
     def written(self, first: str, upto: str) -> list[Path]:
         """Folders and files of the stages from `first` to `upto` that are there and worth naming."""
         names = [stage.name for stage in STAGES]
         found = [*STAGES[names.index(first) : names.index(upto) + 1]]
-        paths = [path for stage in found for path in self._paths(stage.shows or (*stage.owns, *stage.writes))]
+        paths = [path for stage in found for path in self.paths(stage.shows or (*stage.owns, *stage.writes))]
         return [path for path in dict.fromkeys(paths) if path.exists()]
 
     def added_targets(self) -> list[str]:
@@ -157,10 +161,22 @@ class Run:
         return [target.name for target in targets(self) if target.state() == "complete"]
 
     def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
+        command = shlex.join(["gradpursuit", stage.verb, *self.words])
+        if self.manifest.state(stage.name, self.fingerprint(stage.name), quick=self.quick) == "damaged":
+            raise RunError(
+                f"{self.folder}: {purpose} needs '{stage.name}', of which {self._changed(stage)}; put it back from a "
+                f"copy, or run `{command}` to make '{stage.name}' again"
+            )
         raise RunError(
             f"{self.folder}: {purpose} needs '{stage.name}', which is not complete for this "
-            f"configuration; run `{shlex.join(['gradpursuit', stage.verb, *self.words])}` first"
+            f"configuration; run `{command}` first"
         )
+
+    def _changed(self, stage: Stage) -> str:
+        """Which files of a damaged stage are not what was written, by name."""
+        changed = self.manifest.changed(stage.name, quick=self.quick)
+        more = f" and {len(changed) - 3} others" if len(changed) > 3 else ""
+        return f"{', '.join(str(self.folder / name) for name in changed[:3])}{more} is missing or has changed"
 
     def state(self, stage: Stage, fingerprint: str, *, quick: bool | None = None) -> State:
         """How far a stage is; `quick` (default: that of the run): files are known by name and size alone."""
@@ -172,12 +188,14 @@ class Run:
         if stage.check:
             stage.check(self)
         if state == "damaged" or (state == "outdated" and stage.name != "report"):  # each report is of its moment
-            reason = "settings or inputs have" if state == "outdated" else "a file of it is missing or has"
+            reason = "settings or inputs have changed" if state == "outdated" else self._changed(stage)
+            if state == "damaged" and stage.intact:
+                reason = "a file of it is missing or has changed"  # its check has named each
             mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
-            logger.warning("%s: %s changed, %s", stage.name, reason, mend)
+            logger.warning("%s: %s, %s", stage.name, reason, mend)
         anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
         config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
-        emptied = self._paths(stage.owns) if anew else []
+        emptied = self.paths(stage.owns) if anew else []
         if not (config.is_file() and self.manifest.has_finished(stage.name)):
             # Nothing finished is replaced: what is done now shows how far it got. A refusal leaves the old settings.
             before = config.read_text(encoding="utf-8") if config.is_file() else None
@@ -192,9 +210,9 @@ class Run:
             return
         known = [name for entry in self.manifest.read()["stages"].values() for name in entry.get("outputs", {})]
         with replacing(self.folder, stage.name, [config, manifest], keep_unfinished=stage.keep == "always") as old:
-            for place in emptied or ([] if stage.intact else self._paths(stage.owns)):
+            for place in emptied or ([] if stage.intact else self.paths(stage.owns)):
                 old.set_aside(place, copy=not anew)
-            for place in self._paths(stage.writes):
+            for place in self.paths(stage.writes):
                 old.set_aside(place, copy=True)
             self._fill(stage, fingerprint, emptied)
             old.commit(known)
@@ -206,26 +224,15 @@ class Run:
         start = time.monotonic()
         detail = self._work(stage)
         outputs = self._outputs(stage)
-        for folder in self._paths(stage.owns):
+        for folder in self.paths(stage.owns):
             if folder.is_dir():
                 sync_tree(folder)
         self.manifest.complete(stage.name, time.monotonic() - start, detail, outputs)
 
-    def _refuse_foreign(self, stage: Stage) -> None:
-        """What this run never wrote and a stage would empty or overwrite is the user's."""
-        if stage.keep == "always" or self.manifest.entry(stage.name):
-            return
-        for path in [*self._paths(stage.owns), *self._paths(stage.writes)]:
-            if os.path.lexists(path):
-                raise RunError(
-                    f"{path}: is there already, and this run did not write it; nothing was changed. Move it elsewhere, "
-                    "or choose another run folder"
-                )
-
     def _outputs(self, stage: Stage) -> list[Path]:
         """The files of a finished stage; none if it checks them itself."""
-        owned = [] if stage.intact else [path for folder in self._paths(stage.owns) for path in folder.rglob("*")]
-        return sorted({path for path in [*owned, *self._paths(stage.writes)] if path.is_file()})
+        owned = [] if stage.intact else [path for folder in self.paths(stage.owns) for path in folder.rglob("*")]
+        return sorted({path for path in [*owned, *self.paths(stage.writes)] if path.is_file()})
 
     def _work(self, stage: Stage) -> dict[str, Any]:
         try:
@@ -238,7 +245,8 @@ class Run:
                 "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
             ) from error
 
-    def _paths(self, templates: tuple[str, ...]) -> list[Path]:
+    def paths(self, templates: tuple[str, ...]) -> list[Path]:
+        """Places in the run folder by their templates, each for every configured strategy."""
         names = self.config.selection.strategies
         return [self.folder / template.format(strategy=name) for template in templates for name in names]
 
@@ -431,27 +439,6 @@ class Run:
             command = shlex.join(["gradpursuit", "compare", str(self.folder)])
             raise RunError(f"{self.folder}: nothing has been compared yet; run `{command}`")
         return from_json(read_json(path))
-
-
-def refuse_inputs_within(run: Run) -> None:
-    """Refuse inputs that lie where the run writes: it would replace them.
-
-    Raises:
-        ConfigError: one does.
-    """
-    config = run.config
-    sources = {f"data.{name}": getattr(config.data, name) or [] for name in ("pool", "target", "heldout")}
-    named = [(name, source.path) for name, found in sources.items() for source in found]
-    named.append(("model.path", config.model.path))
-    named += [("warmup.trajectory", path) for path in config.warmup.trajectory]
-    root = run.folder.resolve()
-    for name, text in named:
-        place = Path(text)
-        if not place.is_absolute() or not place.is_relative_to(root):
-            continue
-        inside = place.relative_to(root).parts
-        if not inside or inside[0] in OWN_FOLDERS or inside[0] in ("report.html", "report.json"):
-            raise ConfigError(f"{name}: {text} lies where the run writes; copy it elsewhere, or use another run_dir")
 
 
 def check(run: Run) -> None:

@@ -269,7 +269,7 @@ def test_a_moment_that_is_missing(fresh: Fresh, copy: Path) -> None:
     [
         ("{}", "step, learning_rate, beta1, beta2, eps missing"),
         ("[]", "step, learning_rate"),
-        ("{", "cannot be read"),
+        ("{", "damaged, it is not the JSON that was written"),
         ('{"step": 1, "learning_rate": "x", "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}', "learning_rate missing or no"),
         (None, "not there"),
     ],
