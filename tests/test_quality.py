@@ -49,7 +49,7 @@ ORDER = {
             ("comparison_stage", "export_stage"),
             ("report",),
             ("stages",),
-            ("targets", "belongings"),
+            ("targets", "attempt", "belongings"),
             ("pipeline",),
             ("status", "console", "verify", "estimate", "opening"),
             ("quickstart", "export_verb"),

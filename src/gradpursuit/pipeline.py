@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.aside import replacing
+from gradpursuit.attempt import changed_files, run_stage
 from gradpursuit.belongings import refuse_foreign, refuse_inputs_within
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig, rows_of
-from gradpursuit.durable import discard, sync_tree
-from gradpursuit.errors import ConfigError, GradPursuitError, ModelError, RunError, SelectionError, is_out_of_memory
-from gradpursuit.files import read_json, write_text
+from gradpursuit.errors import ConfigError, RunError, SelectionError
+from gradpursuit.files import read_json
 from gradpursuit.gradient_stage import claim_store, collected_requests
 from gradpursuit.identity import model_identity
 from gradpursuit.inputs import Inputs
@@ -103,7 +103,7 @@ class Run:
                     self._refuse(stage, f"'{STAGES[begin].name}'")
                 else:
                     with self.working(stage.name):
-                        self._run_stage(stage, fingerprint, state)
+                        run_stage(self, stage, fingerprint, state)
 
     def require(self, upto: str, purpose: str, without: Collection[str] = ()) -> None:
         """See that the stages to `upto` are complete; the rows of the gradients are counted, not read.
@@ -164,86 +164,19 @@ class Run:
         command = shlex.join(["gradpursuit", stage.verb, *self.words])
         if self.manifest.state(stage.name, self.fingerprint(stage.name), quick=self.quick) == "damaged":
             raise RunError(
-                f"{self.folder}: {purpose} needs '{stage.name}', of which {self._changed(stage)}; put it back from a "
-                f"copy, or run `{command}` to make '{stage.name}' again"
+                f"{self.folder}: {purpose} needs '{stage.name}', of which {changed_files(self, stage)}; put it back "
+                f"from a copy, or run `{command}` to make '{stage.name}' again"
             )
         raise RunError(
             f"{self.folder}: {purpose} needs '{stage.name}', which is not complete for this "
             f"configuration; run `{command}` first"
         )
 
-    def _changed(self, stage: Stage) -> str:
-        """Which files of a damaged stage are not what was written, by name."""
-        changed = self.manifest.changed(stage.name, quick=self.quick)
-        more = f" and {len(changed) - 3} others" if len(changed) > 3 else ""
-        return f"{', '.join(str(self.folder / name) for name in changed[:3])}{more} is missing or has changed"
-
     def state(self, stage: Stage, fingerprint: str, *, quick: bool | None = None) -> State:
         """How far a stage is; `quick` (default: that of the run): files are known by name and size alone."""
         quick = self.quick if quick is None else quick
         state = self.manifest.state(stage.name, fingerprint, quick=quick)
         return "damaged" if state == "complete" and stage.intact and not stage.intact(self, quick) else state
-
-    def _run_stage(self, stage: Stage, fingerprint: str, state: State) -> None:
-        if stage.check:
-            stage.check(self)
-        if state == "damaged" or (state == "outdated" and stage.name != "report"):  # each report is of its moment
-            reason = "settings or inputs have changed" if state == "outdated" else self._changed(stage)
-            if state == "damaged" and stage.intact:
-                reason = "a file of it is missing or has changed"  # its check has named each
-            mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
-            logger.warning("%s: %s, %s", stage.name, reason, mend)
-        anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
-        config, manifest = self.folder / "config.yaml", self.folder / "manifest.json"
-        emptied = self.paths(stage.owns) if anew else []
-        if not (config.is_file() and self.manifest.has_finished(stage.name)):
-            # Nothing finished is replaced: what is done now shows how far it got. A refusal leaves the old settings.
-            before = config.read_text(encoding="utf-8") if config.is_file() else None
-            for place in emptied:
-                discard(place)
-            try:
-                self._fill(stage, fingerprint, emptied)
-            except GradPursuitError as error:
-                if not isinstance(error, RunError) and before is not None:
-                    write_text(config, before)
-                raise
-            return
-        known = [name for entry in self.manifest.read()["stages"].values() for name in entry.get("outputs", {})]
-        with replacing(self.folder, stage.name, [config, manifest], keep_unfinished=stage.keep == "always") as old:
-            for place in emptied or ([] if stage.intact else self.paths(stage.owns)):
-                old.set_aside(place, copy=not anew)
-            for place in self.paths(stage.writes):
-                old.set_aside(place, copy=True)
-            self._fill(stage, fingerprint, emptied)
-            old.commit(known)
-
-    def _fill(self, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> None:
-        write_text(self.folder / "config.yaml", self.config.dump())
-        plan = stage.plan(self) if stage.plan else None
-        self.manifest.begin(stage.name, fingerprint, self.config.seed, plan, emptied)
-        start = time.monotonic()
-        detail = self._work(stage)
-        outputs = self._outputs(stage)
-        for folder in self.paths(stage.owns):
-            if folder.is_dir():
-                sync_tree(folder)
-        self.manifest.complete(stage.name, time.monotonic() - start, detail, outputs)
-
-    def _outputs(self, stage: Stage) -> list[Path]:
-        """The files of a finished stage; none if it checks them itself."""
-        owned = [] if stage.intact else [path for folder in self.paths(stage.owns) for path in folder.rglob("*")]
-        return sorted({path for path in [*owned, *self.paths(stage.writes)] if path.is_file()})
-
-    def _work(self, stage: Stage) -> dict[str, Any]:
-        try:
-            return stage.work(self)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise ModelError(
-                f"{stage.name}: out of memory on {self.compute.device}; lower gradients.tokens_per_batch, "
-                "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
-            ) from error
 
     def paths(self, templates: tuple[str, ...]) -> list[Path]:
         """Places in the run folder by their templates, each for every configured strategy."""
