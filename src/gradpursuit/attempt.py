@@ -74,7 +74,7 @@ def _fill(run: Run, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> 
 
 
 def _outputs(run: Run, stage: Stage) -> list[Path]:
-    """The files of a finished stage; none if it checks them itrun."""
+    """The files of a finished stage; none if it checks them itself."""
     owned = [] if stage.intact else [path for folder in run.paths(stage.owns) for path in folder.rglob("*")]
     return sorted({path for path in [*owned, *run.paths(stage.writes)] if path.is_file()})
 
