@@ -28,7 +28,7 @@ ORDER = {
     name: level
     for level, names in enumerate(
         (
-            ("errors", "progress", "durable", "__init__"),
+            ("errors", "progress", "durable", "shown", "__init__"),
             ("tree", "remote"),
             ("config", "files", "aside", "marker"),
             ("identity", "lock", "plugins", "hub", "sources"),
