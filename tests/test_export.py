@@ -126,6 +126,17 @@ def test_tokens_sources_repeats_and_the_folder(
     (tmp_path / "mine").mkdir()
     message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "mine"))
     assert "is there already and is no export; choose another folder (--out)" in message
+    for name in ("notes.txt", "gtp/notes.txt", "gtp/dataset/notes.txt"):
+        (tmp_path / "out" / name).write_text("mine")
+        message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "out"))
+        assert f"{tmp_path / 'out' / name}: no file of this export; move it elsewhere" in message
+        (tmp_path / "out" / name).unlink()
+    for inside in ("", "data", "selection/gtp", "gradients/x"):
+        message = refused(exported, capsys, "--k", "4", "--out", str(exported / inside))
+        assert "the run writes here itself; choose another folder (--out)" in message
+    (tmp_path / "mine" / "export.json").write_text('{"name": "of another program"}')
+    message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "mine"))
+    assert "is there already and is no export; choose another folder (--out)" in message
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,6 @@ def _refuse_place(run: Run, folder: Path) -> None:
 def _refuse_foreign(folder: Path) -> None:
     """What is replaced must be an export, and hold nothing but its files."""
     settled(folder)
-    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-        return
     if not os.path.lexists(folder):
         return
     made = folder / "export.json"
