@@ -248,7 +248,9 @@ def _with_tools(found: Conversation, view: _View) -> Conversation:
     tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
     if tools == []:
         return found
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in tools
+    ):
         raise DataError(
             f"{view.where}: '{name}': expected a list of JSON schemas, found {tools!r:.80}; "
             "data.columns: {tools: null} leaves the column out"
