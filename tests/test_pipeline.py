@@ -426,3 +426,10 @@ def test_training_that_diverges_is_an_error(
     assert "the training loss is" in err
     assert "lower warmup.learning_rate" in err
     assert "Traceback" not in err
+
+
+def test_a_budget_above_the_pool_is_refused_before_the_warm_up(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    job.save(evaluation={"budgets": [50]})
+    assert main(["run", str(job.path)]) == 2
+    assert "evaluation.budgets: 50 examples, but the cleaned pool has only 31" in capsys.readouterr().err
+    assert not (job.run_dir / "trajectory").exists()

@@ -115,6 +115,25 @@ def check_comparison(run: Run) -> None:
             check_choices(one.target_table("heldout"), load_tokenizer(run.config.model), f"target '{name}'")
 
 
+def check_ahead(run: Run) -> None:
+    """Refuse, before the warm-up, what could not be compared hours later, as far as the cleaned data tell.
+
+    Raises:
+        SelectionError: a budget is larger than the pool.
+        ConfigError, DataError: accuracy was asked for, but cannot be measured.
+    """
+    from gradpursuit.evaluation.choices import check_choices
+    from gradpursuit.trajectory.model import load_tokenizer
+
+    largest, count = max(budgets(run)), len(run.table("pool"))
+    if largest > count:
+        raise SelectionError(
+            f"evaluation.budgets: {largest} examples, but the cleaned pool has only {count}; leave larger budgets out"
+        )
+    if run.config.evaluation.accuracy and OWN in target_names(run):
+        check_choices(run.table("heldout"), load_tokenizer(run.config.model), f"target '{OWN}'")
+
+
 Subsets = dict[str, list["Selection"]]  # the draws of every strategy
 
 

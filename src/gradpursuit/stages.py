@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradpursuit.comparison_stage import check_comparison, compare
+from gradpursuit.comparison_stage import check_ahead, check_comparison, compare
 from gradpursuit.config import DataSection
 from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.export_stage import EXPORT_FILES, EXPORT_FOLDER, export
@@ -96,6 +96,7 @@ def _check_trajectory(run: Run) -> None:
     from gradpursuit.trajectory.warmup import warmup_plan
 
     check_reach(run.config)
+    check_ahead(run)
     if run.config.warmup.trajectory:
         checkpoint_folders(run.config.warmup.trajectory)
     else:

@@ -319,3 +319,37 @@ def test_a_package_that_pip_installed(tmp_path: Path) -> None:
     code += "print(strategy('shortest').distribution)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "real_plugin 1.2", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ("Selection.ranked([0, 1], {'x': {1, 2}})", "cannot be written as JSON"),
+        ("Selection.ranked([0, 1], {(1, 2): 3})", "cannot be written as JSON"),
+        ("Selection.ranked([0, 1], ['x'])", "evidence that is no dict"),
+        ("Selection([0, 1], [1, 1], [1, 1])", "cannot be written as JSON|that are none"),
+        ("Selection.ranked([0, 99])", "positions that are not"),
+        ("None", "no gradpursuit.selection.Selection"),
+    ],
+)
+def test_what_a_plugin_gives_is_checked_before_it_is_used(
+    made: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"gives_{tmp_path.name}".replace("-", "_")
+    module = f"""
+        from gradpursuit.selection import Needs, Selection
+
+        class Odd:
+            source, stochastic = "a paper", False
+
+            def needs(self, settings):
+                return Needs(target="none")
+
+            def select(self, problem, k, seed):
+                return {made}
+    """
+    install(tmp_path / "site", name, "[gradpursuit.strategies]\nodd = {module}:Odd\n", module)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    with pytest.raises(SelectionError, match=words) as raised:
+        strategy("odd").select(problem({"x": trajectory(np.eye(5))}), 2, 0)
+    assert f"strategy 'odd' (of {name} 1.2)" in str(raised.value)
