@@ -197,6 +197,20 @@ def test_parts_are_dropped_with_their_share(tmp_path: Path, renderer: Renderer) 
     assert drops(dropped) == {"near": "holds a part of a row of heldout"}
 
 
+def test_an_instruction_that_the_pool_shares_is_no_leak(tmp_path: Path, renderer: Renderer) -> None:  # noqa: F811
+    """One protected row of a task whose instruction every pool row of the task begins with."""
+    instruction = "For the given proverb in English give a proverb in Russian which is close to it in meaning."
+    pool = [pair(f"{instruction} Number {i}", f"a{i}", id=f"p-{i}") for i in range(21)]
+    pool.insert(2, pair(QUESTION.replace("Oslo", "Voss"), "x", id="part"))
+    target = [pair(f"{instruction} Pigs might fly", "x"), pair(QUESTION, "At three."), *pairs("t", 2)]
+    counts, tables, dropped = run(tmp_path, renderer, pool, target, pairs("h", 2))
+    assert drops(dropped) == {"part": "holds a part of a row of target or heldout"}
+    assert tables["pool"].ids == [f"p-{i}" for i in range(21)]
+    assert counts["rows"]["pool"] == 21
+    _, tables, dropped = run(tmp_path, renderer, [*pool[:21], pair("q", "a", id="other")], target, pairs("h", 2))
+    assert (tables["pool"].ids, len(dropped)) == (["other"], 21)  # what twenty share may be one secret
+
+
 def test_a_plain_text_target_leaks_as_a_whole() -> None:
     leaks = Leaks([Protected("t", "1", Conversation(text=QUESTION))])
     assert leaks.find("0", said("Quote it.", QUESTION)) == Leak("t", "holds the text of a row of")

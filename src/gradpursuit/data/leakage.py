@@ -3,20 +3,22 @@
 A row leaks if its rendered text is that of a protected row up to white space and case; if it holds, word by word, a
 whole user turn of one, or, where that is short, the turn and its answer; or if it holds a large enough share of that
 passage in runs of eight words. Fewer than eight words say too little. A turn, or a run of words, that several protected
-rows share is an instruction, not a secret: neither counts.
+rows share is an instruction, not a secret: neither counts. Nor does a run that more than twenty of the rows that are
+looked at hold. That is known after the last of them: until then, a part is a suspicion (:meth:`Leaks.still`).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradpursuit.data.duplicates import said
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.words import grams, weight
 
 _ENOUGH = 8  # words that are not the same by chance
+_COMMON = 20  # rows that hold a run of words which is no instruction
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Leak:
         id: of the protected row.
         reason: in words that end before the name of its split.
         coverage: share of the passage that the row holds, in (0, 1].
+        runs: of words, that the row holds a part of a passage by; empty: it holds the whole.
     """
 
     id: str
     reason: str
     coverage: float = 1.0
+    runs: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Leaks:
             shared.update({gram for passage in found for gram, _, _ in grams(passage, _ENOUGH)})
         self._whole: dict[str, list[_Passage]] = defaultdict(list)  # under one of its runs of words, the rarest
         self._parts: dict[str, list[tuple[_Passage, int, int]]] = defaultdict(list)  # under every run of its own
+        self._holders = Counter[str]()  # rows that were looked at, by the runs that they hold
         for row in rows:
             for passage in _passages(row.conversation, turns):
                 self._add(row, passage, shared)
@@ -89,7 +94,10 @@ class Leaks:
                 self._parts[gram].append((passage, start, stop))
 
     def find(self, digest: str, conversation: Conversation) -> Leak | None:
-        """What a row leaks whose text hash is `digest`; of several parts, the largest."""
+        """What a row leaks whose text hash is `digest`; of several parts, the largest.
+
+        A part (one with `runs`) is to be looked at again by :meth:`still` when all rows have been looked at.
+        """
         if digest in self._hashes:
             return Leak(self._hashes[digest], "same content as a row of")
         if not self._whole:
@@ -102,18 +110,26 @@ class Leaks:
             for passage in self._whole[gram]:
                 if passage.text in text:
                     return Leak(passage.row, "holds the text of a row of")
-        return self._part(self._parts.keys() & runs)
+        held = frozenset(self._parts.keys() & runs)
+        self._holders.update(held)
+        return self._part(held)
 
-    def _part(self, runs: set[str]) -> Leak | None:
+    def still(self, leak: Leak) -> Leak | None:
+        """What of an earlier leak is one, after all that has been looked at: None, if it holds but instructions."""
+        return self._part(leak.runs) if leak.runs else leak
+
+    def _part(self, runs: frozenset[str]) -> Leak | None:
         held: dict[_Passage, set[int]] = defaultdict(set)
         for run in runs:
+            if self._holders[run] > _COMMON:
+                continue
             for passage, start, stop in self._parts[run]:
                 held[passage].update(range(start, stop))
         shares = [(len(places) / passage.words, passage.row) for passage, places in held.items()]
         share, row = max(shares, default=(0.0, ""))
         if not shares or self._coverage is None or share < self._coverage:
             return None
-        return Leak(row, "holds a part of a row of", share)
+        return Leak(row, "holds a part of a row of", share, runs)
 
 
 def _passages(conversation: Conversation, turns: Counter[str]) -> Iterator[list[str]]:

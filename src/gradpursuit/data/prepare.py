@@ -185,14 +185,19 @@ def prepare_target(
         target = _targets(cleaner, folder, holdout, seed)
         protected = [row.protected for split in target.values() for row in split]
         leaks = Leaks(protected, coverage=config.leak_coverage)
-        conversation, found = Said(config.pool, config.columns, pool), 0
+        conversation = Said(config.pool, config.columns, pool)
+        suspects: list[tuple[int, Leak]] = []
         with Progress("look for the target in the pool", len(pool)) as progress:
-            for row in pool if config.leaks == "remove" else ():
+            for position, row in enumerate(pool) if config.leaks == "remove" else ():
                 if leak := leaks.find(row.hash, conversation(row)):
-                    found += 1
-                    reason = f"{leak.reason} target or heldout; left out of selections for this target"
-                    dropped.add("pool", row, reason, **_evidence(leak))
+                    suspects.append((position, leak))
                 progress.update()
+        found = 0
+        for position, suspicion in suspects:
+            if leak := leaks.still(suspicion):
+                found += 1
+                reason = f"{leak.reason} target or heldout; left out of selections for this target"
+                dropped.add("pool", pool[position], reason, **_evidence(leak))
         if found == len(pool):
             raise DataError("every row of the pool is also in target or heldout: nothing is left to choose from")
     return {
@@ -233,6 +238,7 @@ class _Guard:
     def __init__(self, config: DataSection, protected: Sequence[Protected]) -> None:
         self._config, self._leaks = config, Leaks(protected, coverage=config.leak_coverage)
         self._copies, self.kept = Copies(), 0
+        self._suspects: dict[int, Leak] = {}  # by the position of the row in the table
         self._near = NearCopies(config.near_threshold) if config.deduplicate == "near" else None
         self._targets = {f"target {number}": row.id for number, row in enumerate(protected)}
         for key, row in zip(self._targets, protected, strict=True):
@@ -244,24 +250,49 @@ class _Guard:
         rows = 0
         with TableWriter.opened(path) as writer:
             for clean in cleaner.clean("pool"):
-                if not self._refuses(clean, cleaner.dropped):
+                if not self._refuses(clean, cleaner.dropped, rows):
                     writer.add(clean.row)
                     rows += 1
-            if not rows:
-                raise DataError("every row of the pool is also in target or heldout: nothing is left")
+        rows -= self._remove_suspects(path, cleaner.dropped)
+        if not rows:
+            raise DataError("every row of the pool is also in target or heldout: nothing is left")
         if self.kept:
             logger.warning("%d pool rows hold the text of a target or held-out row and are kept", self.kept)
         return rows
 
-    def _refuses(self, clean: Clean, dropped: Dropped) -> bool:
-        """Whether a pool row is left out; then it is listed."""
+    def _remove_suspects(self, path: Path, dropped: Dropped) -> int:
+        """Take rows out of the table that hold a part of a protected one; returns how many they are."""
+        leaks = {at: leak for at, suspicion in self._suspects.items() if (leak := self._leaks.still(suspicion))}
+        if self._config.leaks == "keep":
+            self.kept += len(leaks)
+            return 0
+        if leaks:
+            with TableWriter.opened(path) as writer:  # replaces the table when it is whole
+                for position, row in enumerate(Table.read(path)):
+                    if leak := leaks.get(position):
+                        dropped.add("pool", row, f"{leak.reason} target or heldout", **_evidence(leak))
+                    else:
+                        writer.add(row)
+        return len(leaks)
+
+    def _refuses(self, clean: Clean, dropped: Dropped, position: int) -> bool:
+        """Whether a pool row, else at `position` of the table, is left out; then it is listed."""
         row = clean.row
-        if leak := self._leaks.find(row.hash, clean.conversation):
+        leak = self._leaks.find(row.hash, clean.conversation)
+        if leak and not leak.runs:
             if self._config.leaks == "remove":
                 dropped.add("pool", row, f"{leak.reason} target or heldout", **_evidence(leak))
                 return True
             self.kept += 1
-        exact = self._config.deduplicate == "exact"
+        if self._repeats(clean, dropped):
+            return True
+        if leak and leak.runs:
+            self._suspects[position] = leak
+        return False
+
+    def _repeats(self, clean: Clean, dropped: Dropped) -> bool:
+        """Whether a pool row is a copy of an earlier one; then it is listed."""
+        row, exact = clean.row, self._config.deduplicate == "exact"
         digest = exact_hash(row.input_ids, row.labels) if exact else row.hash
         first = None if self._config.deduplicate == "none" else self._copies.first(digest, row.id)
         if first is not None:
