@@ -239,7 +239,7 @@ def test_a_wrong_value_is_reported_where_it_was_given(tmp_path: Path) -> None:
     found = message(tmp_path, text, "warmup.fraction=2", "selection.fraction=0.1", "pursuit.alpa=1", "data.pool=[1]")
     starts = sorted(line.partition(": ")[0] for line in found.splitlines())
     flags = ["--data.pool", "--pursuit.alpa", "--selection.fraction", "--warmup.fraction"]
-    assert starts == [*flags, str(tmp_path / "c.yaml")]
+    assert starts == [*flags, f"{tmp_path}/c.yaml:7"]
     assert "--warmup.fraction: 'warmup.fraction' = 2" in found
     assert "--pursuit.alpa: unknown key 'alpa' in section 'pursuit'; did you mean 'alpha'?" in found
     assert message(tmp_path, MINIMAL, "warmup={epochs: 0}").startswith("--warmup: 'warmup.epochs' = 0")

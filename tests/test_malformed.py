@@ -156,3 +156,23 @@ def test_bounds(flag: str, key: str, tmp_path: Path) -> None:
     path.write_text("model: {path: m}\ndata: {pool: p.jsonl, target: t.jsonl}\n")
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         read_config(path, [flag])
+
+
+def test_the_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "model: {path: m}\ndata:\n  pool: p.jsonl\n  target: t.jsonl\n  max_tokens: many\nwarmup: {epocs: 2}\n"
+    )
+    with pytest.raises(ConfigError) as raised:
+        load_config(path)
+    first, second = str(raised.value).splitlines()
+    assert first.startswith(f"{path}:5: 'data.max_tokens' = 'many': ")
+    assert second.startswith(f"{path}:6: unknown key 'epocs' in section 'warmup'; did you mean 'epochs'?")
+
+
+@pytest.mark.parametrize(("text", "meant"), [("010", "8"), ("1:30", "90")])
+def test_numbers_that_are_not_what_they_look_like(text: str, meant: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: {{path: m}}\nseed: {text}\n")
+    with pytest.raises(ConfigError, match=f"line 2: YAML reads {text} as {meant}"):
+        load_config(path)

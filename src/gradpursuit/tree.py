@@ -65,6 +65,26 @@ def read_yaml(text: str) -> Any:
     return value
 
 
+def line_of(path: Path, keys: Sequence[int | str]) -> int | None:
+    """The line, from 1, at which a YAML file gives the value at `keys`, or what is around it; None: nowhere."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+    line = None
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((name, value) for name, value in node.value if name.value == key), None)
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            found = (node.value[key], node.value[key])
+        else:
+            found = None
+        if found is None:
+            break
+        line, node = found[0].start_mark.line + 1, found[1]
+    return line
+
+
 def _require_plain(value: Any) -> None:
     """Refuse what no setting can be. Aliases count as often as they are used, so that a short text stays small."""
     rest: list[tuple[str, Any, int]] = [("", value, 0)]
@@ -106,7 +126,16 @@ def _require_text(text: str, where: str) -> None:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, not the last one's victory."""
+    """YAML in which a key given twice is an error, not the last one's victory, and a number is what it looks like."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """A whole number; `010`, which YAML reads as 8, and `1:30`, which it reads as 90, are refused."""
+        text = str(node.value)
+        value = int(super().construct_yaml_int(node))
+        if ":" in text or (len(digits := text.lstrip("+-")) > 1 and digits[0] == "0" and digits[1].isdigit()):
+            line = node.start_mark.line + 1
+            raise ConfigError(f"line {line}: YAML reads {text} as {value}: write {value}, or '{text}' for a text")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping after looking for repeated keys."""
@@ -117,6 +146,9 @@ class _StrictLoader(yaml.SafeLoader):
                     raise ConfigError(f"line {key.start_mark.line + 1}: the key '{key.value}' is given twice")
                 given.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _StrictLoader.construct_yaml_int)
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from gradpursuit.config.sections import RunConfig
 from gradpursuit.config.values import SECRET
 from gradpursuit.errors import ConfigError, nearest
 from gradpursuit.shown import without_secrets
-from gradpursuit.tree import apply_overrides, read_tree
+from gradpursuit.tree import apply_overrides, line_of, read_tree
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -26,11 +26,19 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     tree = read_tree(path)
     apply_overrides(tree, overrides)
-    return build_config(tree, str(path), overrides)
+    return build_config(tree, str(path), overrides, path)
 
 
-def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Validate a nested mapping; `where` names its origin in messages, `overrides` what came from flags instead.
+def build_config(
+    tree: Mapping[str, Any], where: str, overrides: Sequence[str] = (), file: Path | None = None
+) -> RunConfig:
+    """Validate a nested mapping.
+
+    Args:
+        tree: the settings.
+        where: names their origin in messages.
+        overrides: what came from flags instead.
+        file: the YAML file that they were read from, whose lines are named.
 
     Raises:
         ConfigError: with one line per wrong key or value.
@@ -39,10 +47,11 @@ def build_config(tree: Mapping[str, Any], where: str, overrides: Sequence[str] =
         return RunConfig.model_validate(tree)
     except ValidationError as error:
         flags = [override.partition("=")[0] for override in overrides]
-        lines = [
-            f"{_origin(item['loc'], flags, where)}: {without_secrets(_explain(item, RunConfig))}"
-            for item in _values(error)
-        ]
+        lines = []
+        for item in _values(error):
+            line = line_of(file, item["loc"]) if file else None
+            place = _origin(item["loc"], flags, f"{where}:{line}" if line else where)
+            lines.append(f"{place}: {without_secrets(_explain(item, RunConfig))}")
         raise ConfigError.of_lines(lines) from None
 
 
