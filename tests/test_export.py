@@ -132,7 +132,7 @@ def test_tokens_sources_repeats_and_the_folder(
         assert f"{tmp_path / 'out' / name}: no file of this export; move it elsewhere" in message
         (tmp_path / "out" / name).unlink()
     for inside in ("", "data", "selection/gtp", "gradients/x"):
-        message = refused(exported, capsys, "--k", "4", "--out", str(exported / inside))
+        message = refused(exported, capsys, "--k", "4", "--out", str(exported.run_dir / inside))
         assert "the run writes here itself; choose another folder (--out)" in message
     (tmp_path / "mine" / "export.json").write_text('{"name": "of another program"}')
     message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "mine"))
