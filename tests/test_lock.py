@@ -140,6 +140,24 @@ def test_every_writing_verb_is_refused_and_touches_nothing(
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_a_folder_with_something_of_the_users_is_not_discarded(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "a" / "run") as lock:
+        (tmp_path / "a" / "run" / "notes.txt").write_text("mine")
+        lock.discard_folder()
+    assert (tmp_path / "a" / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_lock_made_this_instant_is_waited_for(tmp_path: Path) -> None:
+    """Another process has made it, and has not said yet whose it is."""
+    (tmp_path / ".lock").touch()
+    owner = json.dumps(vars(Owner(1, "here", "2025-01-01", "x")))
+    other = threading.Timer(0.1, (tmp_path / ".lock").write_text, [owner])
+    other.start()
+    with RunLock(tmp_path):
+        assert (tmp_path / "run.json").is_file()
+    other.join()
+
+
 @pytest.mark.parametrize("link", [os.symlink, os.link])
 def test_a_lock_or_log_that_is_a_link_is_not_written(tmp_path: Path, link: object) -> None:
     from gradpursuit.durable import open_own

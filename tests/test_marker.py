@@ -83,7 +83,7 @@ def test_a_file_of_the_users_with_the_name_of_ours_is_not_overwritten(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("mine")
         assert main(["run", str(job.path)]) == 2
-        assert "is there already, and this run did not write it; nothing was changed" in capsys.readouterr().err
+        assert "manifest.json does not say that this run wrote it; nothing was changed" in capsys.readouterr().err
         assert path.read_text() == "mine"
         path.unlink()
         if path.parent != job.run_dir:

@@ -26,8 +26,8 @@ def refuse_foreign(run: Run, stage: Stage) -> None:
     for path in [*run.paths(stage.owns), *run.paths(stage.writes)]:
         if os.path.lexists(path):
             raise RunError(
-                f"{path}: is there already, and this run did not write it; nothing was changed. Move it elsewhere, "
-                "or choose another run folder"
+                f"{path}: is there already, and manifest.json does not say that this run wrote it; nothing was "
+                "changed. Move it elsewhere, or choose another run folder"
             )
 
 

@@ -111,7 +111,13 @@ class RunLock:
             self._file = None
 
     def discard_folder(self) -> None:
-        """Delete the folder, and those made above it; one that another process makes there meanwhile is left alone."""
+        """Delete the folder, and those made above it; one that another process makes there meanwhile is left alone.
+
+        So is one that somebody put something else into.
+        """
+        with suppress(OSError):
+            if {path.name for path in self.folder.iterdir() if not durable.is_part(path)} - marker.OWN:
+                return
         gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}")
         with suppress(OSError):
             self.folder.rename(gone)
@@ -139,11 +145,24 @@ class RunLock:
             time.sleep(0.02)
 
     def _open(self) -> int:
-        marker.require_ours(self.folder)
+        self._require_ours()
         made = durable.make_folder(self.folder)
         if made and made[-1] == self.folder:
             self.created, self._parents = True, made[-2::-1]
         return durable.open_own(self.folder / NAME, os.O_RDWR)
+
+    def _require_ours(self) -> None:
+        """As :func:`marker.require_ours`, but a lock that was made this instant may be about to say whose it is."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                return marker.require_ours(self.folder)
+            except RunError:
+                with suppress(OSError):
+                    if [path.name for path in self.folder.iterdir()] == [NAME] and time.monotonic() < deadline:
+                        time.sleep(0.02)
+                        continue
+                raise
 
     def _is_in_place(self, file: int) -> bool:
         """Whether the file is still the one in the folder, and not that of a folder just deleted."""

@@ -18,6 +18,10 @@ from gradpursuit.errors import RunError
 
 NAME = "run.json"
 _BEGUN = {".lock"}
+OWN = {  # whatever a run has in its folder
+    NAME, ".lock", "log.txt", "config.yaml", "manifest.json", "progress.json", "report.html", "report.json", "input",
+    "data", "trajectory", "gradients", "selection", "evaluation", "exports", "targets",
+}  # fmt: skip
 
 
 def require_ours(folder: Path) -> None:

@@ -66,7 +66,8 @@ class GradientStore:
         """
         store = cls(folder, spec)
         manifest = folder / "manifest.json"
-        for part in [] if is_remote(folder) else [*folder.glob("*.part"), *folder.glob("checkpoint-*/*.part")]:
+        left = [] if is_remote(folder) else [*folder.glob("*.part"), *folder.glob("checkpoint-*/*.part")]
+        for part in (part for part in left if durable.is_part(part) or part.stem.endswith((".json", ".safetensors"))):
             logger.warning("%s: left by an interrupted write; removed", part)
             part.unlink()
         if exists(manifest):

@@ -120,8 +120,8 @@ class GradientTrajectoryCallback(TrainerCallback, ExportableState):
             )
         if any(re.fullmatch(r"checkpoint-\d+", path.name) for path in self._folder.glob("checkpoint-*")):
             raise ConfigError(
-                f"GradientTrajectoryCallback: '{self._folder}' already holds checkpoints; delete them or give another "
-                "folder"
+                f"GradientTrajectoryCallback: '{self._folder}' already holds checkpoints; move them away or give "
+                "another folder"
             )
         self.progress = {"targets": targets, "rates": [0.0, 0]}
 
