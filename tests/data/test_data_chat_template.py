@@ -60,6 +60,9 @@ def words(tokenizer: Any, found: Rendered | DataError) -> tuple[str, str]:
         (Conversation(text="why because"), "<s> why because </s>", "why because </s>"),
         (Conversation(text="<s> why because </s>"), "<s> why because </s>", "why because </s>"),
         (Conversation(text="why because</s>\n"), "<s> why because </s>", "why because </s>"),
+        (Conversation(text=" <s><s> why because </s></s>\n"), "<s> why because </s>", "why because </s>"),
+        (Conversation((user("why "), assistant("<s>because"))), "<s> why because </s>", "because </s>"),
+        (Conversation((user(""), assistant("\n<s>because"))), "<s> because </s>", "because </s>"),
         (Conversation(text="why <|im_end|>"), "<s> why <|im_end|>", "why <|im_end|>"),
         (Conversation((user("why "), assistant("because</s>"))), "<s> why because </s>", "because </s>"),
         (Conversation((user("<s>why "), assistant("because"))), "<s> why because </s>", "because </s>"),
@@ -76,7 +79,7 @@ def test_a_tokenizer_that_adds_an_end_adds_no_second_one(base: Any) -> None:
     made.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
-    for text in ("why", "why</s>", "<s>why</s>"):
+    for text in ("why", "why</s>", "<s>why</s>", " <s>why</s>\n"):
         assert words(made, Renderer(made).many([Conversation(text=text)])[0]) == ("<s> why </s>", "why </s>")
 
 

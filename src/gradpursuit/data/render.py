@@ -192,8 +192,8 @@ class Renderer:
     def _text(self, conversation: Conversation) -> _Text:
         full = self._turns == "full"
         if conversation.text is not None:
-            text, end = self._ended(conversation.text)
-            return _Text(text, [(0, end)], True)
+            text = self._ended(self._begun(conversation.text))
+            return _Text(text, [(0, len(text))], True)
         if full and conversation.untrained:
             raise DataError(
                 f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full "
@@ -241,22 +241,43 @@ class Renderer:
                 f"this row has {_turns_in_words(conversation, roles)}; set data.chat_template to a template (a file or "
                 "the text of one)"
             )
-        prompt = messages[0]["content"]
-        text, end = self._ended(prompt + messages[1]["content"])
-        return text, [(len(prompt), end)] if turns else []
+        prompt, completion, begin = (
+            self._begun(messages[0]["content"]),
+            messages[1]["content"],
+            self._tokenizer.bos_token,
+        )
+        if not prompt:
+            completion = self._begun(completion)
+        elif begin and begin != self._tokenizer.eos_token:
+            completion = completion.removeprefix(str(begin))  # the text begins at the prompt
+        text = prompt + self._ended(completion)
+        return text, [(len(prompt), len(text))] if turns else []
 
-    def _ended(self, text: str) -> tuple[str, int]:
-        """Plain text with one end token, and where that ends: one that stands in the text already is not repeated."""
-        begins = {self._tokenizer.bos_token, self._tokenizer.unk_token, self._tokenizer.mask_token} - {
-            self._tokenizer.eos_token
-        }
-        special = (token for token in self._tokenizer.added_tokens_decoder.values() if token.special)
-        ends = {str(token) for token in (self._tokenizer.eos_token, *special) if token and str(token) not in begins}
-        said = text.rstrip()
-        if any(map(said.endswith, ends)):
-            return text, len(said)
-        text += str(self._tokenizer.eos_token or "")
-        return text, len(text)
+    def _begun(self, text: str) -> str:
+        """A text with no more than one beginning, and no white space before it."""
+        begin, said = str(self._tokenizer.bos_token or ""), text.lstrip()
+        if not begin or not said.startswith(begin):
+            return text
+        while said.startswith(2 * begin):
+            said = said.removeprefix(begin)
+        return said
+
+    def _ended(self, text: str) -> str:
+        """A text with one end token, and no white space after it: one that stands there already is not repeated."""
+        end, said = max(filter(text.rstrip().endswith, self._ends), key=len, default=""), text.rstrip()
+        if not end:
+            return text + str(self._tokenizer.eos_token or "")
+        while said.endswith(2 * end):
+            said = said.removesuffix(end)
+        return said
+
+    @cached_property
+    def _ends(self) -> list[str]:
+        """Special tokens that may end a text: all but those that begin one, or stand for something within it."""
+        tokenizer = self._tokenizer
+        others = {tokenizer.bos_token, tokenizer.unk_token, tokenizer.mask_token} - {tokenizer.eos_token}
+        special = (token for token in tokenizer.added_tokens_decoder.values() if token.special)
+        return [str(token) for token in (tokenizer.eos_token, *special) if token and str(token) not in others]
 
 
 def _turns_in_words(conversation: Conversation, roles: list[str]) -> str:
