@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,17 @@ def test_a_template_that_fills_memory_is_ended(base: Any) -> None:
 def test_a_template_that_calls_itself(base: Any) -> None:
     with pytest.raises(DataError, match="calls itself without end"):
         Renderer(base, chat_template="{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")([user("x"), assistant("y")])
+
+
+def test_the_template_of_the_docs(base: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text("utf-8")
+    (template,) = re.findall(r"```jinja\n(.*?)```", page, re.DOTALL)
+    renderer = Renderer(base, chat_template=template)
+    row = [{"role": "system", "content": "so"}, user("why"), assistant("because"), user("so"), assistant("so")]
+    whole, spoken = words(base, renderer(row))
+    assert whole == "<s> <|system|> so <|user|> why <|assistant|> because </s> <|user|> so <|assistant|> so </s>"
+    assert spoken == "because </s> so </s>"
+    assert renderer.masks == "data.chat_template rendered turn by turn"
 
 
 def test_templates_that_cannot_be_used(base: Any, tmp_path: Path) -> None:

@@ -86,7 +86,8 @@ class Marked:
             where = f"'{keys[0]}'" if keys else "the part before </think> in its content"
             later = any(message["role"] == "assistant" for message in self._row.messages[turn:])
             last = "; with data.turns: last-turn it may cut that of earlier turns" if later else ""
-            return f"{start} the reasoning of turn {turn} ({where}); {_TEMPLATE}, or remove it from the rows{last}"
+            way = f"{_TEMPLATE}, or {'put it into the content as <think>...</think>, or ' if keys else ''}remove it"
+            return f"{start} the reasoning of turn {turn} ({where}); {way}{last}"
         if not whole:
             return f"{start} a part of the {role} message of turn {turn} ({_short(part.text)}); {_TEMPLATE}"
         return f"{start} {role} messages (turn {turn}); {_TEMPLATE}"

@@ -79,6 +79,10 @@ class ChatTemplate:
         if setting is not None:
             check_template(own, setting)
         self.origin = _marked(own)[1]
+        if setting is not None:
+            self.origin = self.origin.replace("the tokenizer's own", "the").replace(
+                "the chat template", "data.chat_template"
+            )
         source = self._form(own).source
         if "strftime_now" in source and "date_string" not in variables:
             fixed = (
