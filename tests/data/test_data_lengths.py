@@ -76,3 +76,13 @@ def test_a_long_row_is_not_tokenized(tokenizer: Any, monkeypatch: pytest.MonkeyP
     assert str(refused) == "longer than max_tokens"
     assert not isinstance(made, DataError)
     assert max(map(len, seen)) < 1000
+
+
+def test_reasoning_that_a_template_cuts_does_not_count(tokenizer: Any) -> None:
+    renderer = Renderer(tokenizer)
+    cut = Conversation((USER, {"role": "assistant", "content": f"<think>{'x' * 100_000}</think>a"}, USER))
+    plain = Conversation((USER, {"role": "assistant", "content": "x" * 100_000}, USER))
+    assert not renderer._is_longer(cut, 1024)
+    assert renderer._is_longer(plain, 1024)
+    assert not renderer._is_longer(plain, 1300)
+    assert renderer._is_longer(Conversation(text="x" * 100_000), 1024)

@@ -38,6 +38,7 @@ from gradpursuit.errors import DataError, ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CUT = ("</", "[/", "<|", "/think")  # the end of reasoning, which a template may leave out of earlier turns
 IGNORE = -100  # the label of a token without supervision, as everywhere in PyTorch and transformers
 
 
@@ -110,6 +111,15 @@ class Renderer:
     def _bound(self) -> Bound:
         return Bound(self._tokenizer)
 
+    def _is_longer(self, conversation: Conversation, at_most: int) -> bool:
+        """Whether what must come through the template has more than `at_most` tokens for certain, or is refused."""
+        if conversation.text is not None:
+            texts = [conversation.text]
+        else:
+            said = [message["content"].strip() for message in conversation.messages]
+            texts = [text for text in said if not any(mark in text for mark in _CUT)]
+        return sum(map(len, texts)) > at_most and sum(map(self._bound.of, texts)) > at_most
+
     def name(self, token: int) -> str:
         """How the tokenizer spells a token."""
         return str(self._tokenizer.convert_ids_to_tokens(token))
@@ -138,6 +148,8 @@ class Renderer:
         texts: list[_Text | DataError] = []
         for conversation in conversations:
             try:
+                if at_most is not None and self._is_longer(conversation, at_most):
+                    raise DataError(TOO_LONG)
                 text = self._text(conversation)
                 long = at_most is not None and len(text.text) > at_most and self._bound.of(text.text) > at_most
                 texts.append(DataError(TOO_LONG) if long else text)
