@@ -107,7 +107,7 @@ def test_wrong_configurations(job: Job, capsys: pytest.CaptureFixture[str]) -> N
     ("name", "content", "words"),
     [
         ("pool", None, "pool.jsonl: cannot be read: No such file or directory"),
-        ("pool", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "pool.jsonl:2: not valid JSON"),
+        ("pool", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "the cleaned pool has only 1 examples"),
         ("pool", '{"question": "a", "answer": "b"}\n', "pool.jsonl:1: columns found: 'question', 'answer'; expected"),
         ("pool", '{"prompt": "a", "completion": "b", "rank": 1}\n', "pool.jsonl:1: the column 'rank'"),
         ("target", "", "target.jsonl: holds no examples"),
@@ -140,7 +140,7 @@ def test_a_checkpoint_whose_optimizer_does_not_fit(job: Job, capsys: pytest.Capt
     moments = load_file(path)
     name = sorted(moments)[0]
     save_file({**moments, name: moments[name][:-1].contiguous()}, path)
-    assert "'gradients' needs 'trajectory', which is not complete" in fails(["collect", str(job.run_dir)], capsys)
+    assert "'gradients' needs 'trajectory', of which " in fails(["collect", str(job.run_dir)], capsys)
     manifest = json.loads((job.run_dir / "manifest.json").read_text())
     outputs = manifest["stages"]["trajectory"]["outputs"]
     outputs["trajectory/checkpoint-2/moments.safetensors"] = sha256_of(path)  # as if the run had come with it

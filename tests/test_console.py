@@ -141,3 +141,23 @@ def test_every_verb_can_be_quiet_and_speak_json(monkeypatch: pytest.MonkeyPatch)
     assert len(verbs) >= 12
     for verb in verbs:
         assert {"--json", "--quiet", "-q"} <= set(verb._option_string_actions), verb.prog
+
+
+def test_what_the_data_hold_does_not_steer_terminal_or_log(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**Job.row(i), "id": f"{i}\x1b]0;x\x07\nwarning: forged \u202e"} for i in range(12)]
+    rows += [{"id": "13\x1b[2J", "prompt": "no answer\x9b"}]
+    (job.folder / "po\x1b[31mol\u202e.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job.save(data={"pool": str(job.folder / "po\x1b[31mol\u202e.jsonl")})
+    assert main(["inspect", str(job.path), "--n", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert main(["inspect", str(job.path), "--json"]) == 0
+    seen = out + err + capsys.readouterr().out
+    assert not set(seen) & set("\x1b\x07\x9b\u202e")
+    assert "po\\x1b[31mol\\u202e.jsonl" in err
+    assert not [line for line in (out + err).splitlines() if line.startswith("warning: forged")]
+
+
+def test_secrets_in_commands_are_not_repeated(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    for flag in ("--model.path", "--data.pool", "--gradients.store", "--run-dir", "--selection.target", "--no.thing"):
+        assert main(["inspect", str(job.path), flag, "https://me:SECRETVALUE@host/x"]) == 2
+        assert "SECRETVALUE" not in "".join(capsys.readouterr())

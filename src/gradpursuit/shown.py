@@ -73,7 +73,7 @@ def escaped(text: str, *, lines: bool = True) -> str:
         text: any text.
         lines: leave line breaks and tabs as they are; without it they are written out, too, as for one value.
     """
-    if not _SPECIAL.search(text):
+    if not _SPECIAL.search(text):  # line breaks and tabs are outside of it, too
         return text
     return "".join(char if _is_plain(char, lines) else _written_out(char) for char in text)
 

@@ -25,6 +25,7 @@ from gradpursuit.errors import DownloadError
 from gradpursuit.files import read_json, require_space, sha256_of, write_atomic, write_folder, write_json
 from gradpursuit.lock import in_turn
 from gradpursuit.progress import Progress
+from gradpursuit.shown import without_secrets
 
 logger = logging.getLogger("gradpursuit")
 
@@ -173,7 +174,9 @@ def _download(archive: Archive, path: Path) -> None:
     except NoSuchProjectError:
         raise DownloadError(f"the package index has no project '{archive.project}'; {hint}") from None
     except (UnsupportedContentTypeError, UnsupportedRepoVersionError) as error:
-        raise DownloadError(f"PIP_INDEX_URL does not lead to a package index: {error}; {hint}") from None
+        raise DownloadError(
+            f"PIP_INDEX_URL does not lead to a package index: {without_secrets(str(error))}; {hint}"
+        ) from None
     except requests.RequestException as error:
         raise DownloadError(f"{archive.filename} could not be fetched ({type(error).__name__}); {hint}") from error
 

@@ -23,13 +23,13 @@ def print_inspection(found: Inspection, console: Console) -> None:
         console.print()
     console.print(Group(*_tables(found)))
     for line in _lines(found):
-        console.print(Text(escaped(line)), soft_wrap=True)
+        console.print(Text(escaped(line, lines=False)), soft_wrap=True)
 
 
 def _head(row: Shown) -> Text:
     place = f"{row.file}:{row.line}" + (f" ({row.source})" if row.source != row.file else "")
     text = f"{row.split} {row.id}  {place}  {row.tokens} tokens, {row.supervised} supervised"
-    return Text(escaped(text), style="bold cyan")
+    return Text(escaped(text, lines=False), style="bold cyan")
 
 
 def _marked(row: Shown) -> Text:
@@ -50,7 +50,7 @@ def _tables(found: Inspection) -> Iterator[RenderableType]:
     for split, by_source in found.sources.items():
         for source, schemas in by_source.items():
             for schema, rows in schemas.items():
-                sources.add_row(split, Text(escaped(source)), schema, str(rows))
+                sources.add_row(split, Text(escaped(source, lines=False)), schema, str(rows))
     yield sources
     lengths = Table(title="Tokens of the rows that are kept (supervised)")
     lengths.add_column("split")
@@ -68,7 +68,12 @@ def _tables(found: Inspection) -> Iterator[RenderableType]:
         for heading in ("split", "reason", "rows", "first"):
             dropped.add_column(heading, justify="right" if heading == "rows" else "left", overflow="fold")
         for drop in found.dropped:
-            dropped.add_row(drop.split, Text(escaped(drop.reason)), str(drop.rows), Text(escaped(drop.first)))
+            dropped.add_row(
+                drop.split,
+                Text(escaped(drop.reason, lines=False)),
+                str(drop.rows),
+                Text(escaped(drop.first, lines=False)),
+            )
         yield dropped
 
 
