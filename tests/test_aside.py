@@ -174,3 +174,34 @@ def test_a_folder_killed_while_it_is_swapped_is_found_again(tmp_path: Path) -> N
     with write_folder(folder) as part:
         (part / "a").write_text("new")
     assert texts(tmp_path) == {"out/a": "new"}
+
+
+def test_a_full_disk_brings_the_old_work_back(small_disk: Path) -> None:
+    from gradpursuit.errors import RunError
+
+    root = old_run(small_disk / "run")
+
+    def fail() -> None:
+        with RunLock(root), replacing(root, "selection", [root / "manifest.json"]) as old:
+            old.set_aside(root / "selection")
+            write_text(root / "manifest.json", "{}")
+            write_text(root / "selection/a", "new")
+            write_text(root / "selection/b", "x" * (4 << 20))
+
+    for _ in range(2):
+        with pytest.raises(RunError, match="no space left on the disk"):
+            fail()
+        assert texts(root) == OLD
+
+
+def test_a_link_in_place_of_a_folder_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    root, other = old_run(tmp_path / "run"), tmp_path / "other"
+    write_text(other / "mine", "mine")
+    (root / "data").symlink_to(other)
+    with replacing(root, "data", []) as old:
+        old.set_aside(root / "data")
+        write_text(root / "data/pool", "new")
+        old.commit(["data/pool"])
+    assert texts(other) == {"mine": "mine"}
+    assert not (root / "data").is_symlink()
+    assert texts(root / "data") == {"pool": "new"}
