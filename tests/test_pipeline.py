@@ -331,18 +331,40 @@ def test_a_budget_that_is_refused_changes_nothing(tiny_path: Path, tmp_path: Pat
     assert main(["select", str(job.run_dir)]) == 0
 
 
+def diverge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every training take steps that no setting allows."""
+    from dataclasses import replace
+
+    from gradpursuit.trajectory import training
+
+    arguments = training._arguments
+
+    def made(spec: training.TrainSpec, *rest: Any) -> Any:
+        return arguments(replace(spec, learning_rate=1e30), *rest)
+
+    monkeypatch.setattr(training, "_arguments", made)
+
+
 @pytest.mark.parametrize(
     ("verb", "setting", "words"),
     [
-        ("warmup", ["--warmup.learning_rate", "1e30"], "the training loss is"),
+        ("warmup", ["--warmup.learning_rate", "0.5"], "the training loss is"),
         ("warmup", ["--data.max_tokens", "9"], "longer than max_tokens"),
         ("warmup", ["--model.lora.target_modules", "nothing"], "target_modules='nothing'"),
-        ("compare", ["--evaluation.learning_rate", "1e30"], "the training loss is"),
+        ("compare", ["--evaluation.learning_rate", "0.5"], "the training loss is"),
     ],
 )
 def test_a_setting_that_is_refused_leaves_a_finished_run_as_it_was(
-    finished: Job, verb: str, setting: list[str], words: str, capsys: pytest.CaptureFixture[str]
+    finished: Job,
+    verb: str,
+    setting: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if "training loss" in words:
+        diverge(monkeypatch)
+
     def files() -> dict[Path, bytes]:
         found = [path for path in finished.run_dir.rglob("*") if path.is_file()]
         return {path: path.read_bytes() for path in found if path.name not in ("log.txt", ".lock")}
@@ -417,10 +439,10 @@ def test_rows_without_a_gradient_are_listed_and_never_chosen(
 
 
 def test_training_that_diverges_is_an_error(
-    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    diverge(monkeypatch)
     job = Job(tmp_path, tiny_path)
-    job.save(warmup={"learning_rate": 1e30})
     assert main(["warmup", str(job.path)]) == 2
     err = capsys.readouterr().err
     assert "the training loss is" in err
