@@ -180,7 +180,7 @@ def test_judgements_are_named() -> None:
     row = {"prompt": "q", "completion": "a"}
     assert "column 'reward' is not read" in notes({**row, "reward": 0.5})[0]
     assert "column 'loss_mask' is not read (by its name it is to say what is learned)" in notes(
-        {**row, "loss_mask": [0, 1]}
+        {**row, "loss_mask": [1, 1]}
     )
     assert "'label' is false: the answer is an example of a bad one" in refused({**row, "label": False})
     assert "'kto_tag' is false" in refused({**row, "kto_tag": False})
@@ -268,3 +268,39 @@ def test_text_that_is_odd_json_in_a_column_that_is_not_read() -> None:
     for odd in ('{"a": 1, "a": 2}', "[" * 5000, "{no json"):
         (note,) = notes({"prompt": "q", "completion": "a", "context": odd})
         assert "column 'context'" in note
+
+
+@pytest.mark.parametrize(
+    "columns", [{"loss_mask": [0, 1]}, {"train": False}, {"weights": [1, 0.0]}, {"trainable": 0}, {"masks": "[0, 1]"}]
+)
+def test_a_column_that_excludes_a_part_of_the_row_is_refused(columns: dict[str, Any]) -> None:
+    assert "put train: false into such turns" in refused({"messages": list(QA), **columns})
+
+
+@pytest.mark.parametrize("name", ["title", "headline", "summary", "choices", "options", "systemInstruction", "target"])
+def test_more_columns_that_may_belong_to_the_row_are_named(name: str) -> None:
+    for row in ({"text": "Once"}, {"prompt": "q", "completion": "a"}):
+        assert f"column '{name}' holds text and is not read" in notes({**row, name: ["A word"]})[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [("q", [QA[1]]), ([QA[0]], "a"), (json.dumps([QA[0]]), json.dumps([QA[1]])), (QA[0], QA[1])],
+)
+def test_a_prompt_and_a_completion_of_two_kinds(prompt: Any, completion: Any) -> None:
+    assert found({"prompt": prompt, "completion": completion}) == ("prompt/completion", Conversation(QA, first=1))
+    assert found({"prompt": '{"a": 1}', "completion": [QA[1]]})[1].messages[0]["content"] == '{"a": 1}'
+
+
+@pytest.mark.parametrize(
+    ("columns", "part"),
+    [
+        ({"contents": [{"role": "user", "parts": [{"text": "q"}]}]}, "data.columns: {messages: contents}"),
+        ({"conversation": [{"human": "q", "assistant": "a"}]}, "data.columns: {messages: conversation}"),
+        ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, "data.columns: {messages: conversation}"),
+        ({"prompt": {"text": "q", "replies": []}, "message_tree_id": "1"}, "'prompt' holds a tree of messages"),
+        ({"mapping": {"1": {"message": {}, "children": []}}}, "'mapping' holds a tree of messages"),
+    ],
+)
+def test_other_forms_of_conversations_are_named(columns: dict[str, Any], part: str) -> None:
+    assert part in refused(columns)

@@ -182,3 +182,24 @@ def test_names_of_roles() -> None:
 
 def test_a_key_that_json_text_has_twice_is_refused() -> None:
     assert "the key 'x' is there twice" in refused({"from": "function_call", "value": '{"name": "f", "x": 1, "x": 2}'})
+
+
+def test_pairs_of_turns_and_parts() -> None:
+    assert read({"human": "q", "assistant": "a"}, {"user": "q", "assistant": "a"}).messages == (USER, ANSWER) * 2
+    first = {"input": "q", "output": "a", "system": "s"}
+    assert read(first, {"input": "q", "output": "a"}).messages == (
+        {"role": "system", "content": "s"},
+        *(USER, ANSWER) * 2,
+    )
+    assert read({"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": ["a"]}).messages == (
+        USER,
+        ANSWER,
+    )
+    assert "keys found: 'human', 'assistant', 'Commands'" in refused({"human": "q", "assistant": "a", "Commands": "x"})
+    assert "part 1 of the content" in refused({"role": "model", "parts": [{"functionCall": {"name": "f"}}]})
+
+
+def test_a_tree_within_a_list_of_turns_is_refused() -> None:
+    linear = [{**USER, "id": "1", "parent": None}, {**ANSWER, "id": "2", "parent": "1"}]
+    assert len(read(*linear).messages) == 2
+    assert "answers '1', not the turn before it" in refused(*linear, {**ANSWER, "id": "3", "parent": "1"})

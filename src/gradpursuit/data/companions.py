@@ -13,16 +13,24 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from gradpursuit.data.turns import Message, parsed
+from gradpursuit.data.turns import PAIRS, Message, parsed
 from gradpursuit.errors import DataError
 
 _SPOKEN = re.compile(
     r"(?:^|_)(?:histor(?:y|ies)|system|sys|contexts?|background|documents?|docs|passages?|paragraphs?|evidences?|"
     r"knowledge|reason(?:ing|s)?|think(?:ing)?|thoughts?|rationales?|explanations?|cot|chain_of_thought|scratchpad|"
-    r"trace|persona|developer|preamble|article|examples?|demonstrations?|few_?shots?|suffix|functions?|tools?|images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|"
-    r"completion|output|instructions?|response|answer|dialog(?:ue)?|turns)(?:_|$)|_?(?:images?|audios?|videos?)$"
+    r"trace|persona|developer|preamble|article|examples?|demonstrations?|few_?shots?|prefix|suffix|functions?|tools?|"
+    r"images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|completion|output|instructions?|"
+    r"response|answer|dialog(?:ue)?|turns|title|subtitle|headline|heading|subject|summary|abstract|tldr|choices?|"
+    r"options?|hints?|captions?|questions?|query|solutions?|targets?|translations?|explanation|critique|feedback|"
+    r"schema|table|replies)(?:_|$)|_?(?:images?|audios?|videos?)$"
 )
-_OF_THE_MASK = ("weight", "train", "loss_mask", "mask", "loss_weight", "masked", "train_on_input", "train_on_inputs")
+_OF_THE_MASK = (
+    "weight", "train", "trainable", "loss_mask", "loss_masks", "mask", "masks", "loss_weight", "masked", "weights",
+    "labels", "train_on_input", "train_on_inputs",
+)  # fmt: skip
+# Of these a 0 or false says that the row, or a turn of it, is not to be learned.
+_TRAINED = ("train", "trainable", "loss_mask", "loss_masks", "loss_weight", "weights", "mask", "masks")
 _VALUED = ("reward", "rewards", "score", "scores", "rating", "is_correct", "correct", "label", *_OF_THE_MASK)
 _NAMES = ("id", "ids", "name", "names", "type", "types", "tokens", "length", "len", "count", "num", "lang", "language")
 _AUTHOR = ("role", "from", "speaker", "sender")
@@ -48,12 +56,25 @@ def refuse_what_is_no_example(columns: Mapping[str, Any], schema: str, where: st
     """
     if schema == "text":
         _refuse_one_message(columns, where)
+    _refuse_untrained(columns, where)
     marked = next((name for name in ("label", "kto_tag") if columns.get(name) is False), None)
     if marked and schema != "text":
         raise DataError(
             f"{where}: '{marked}' is false: the answer is an example of a bad one (as in KTO data), not one to "
             "learn; remove such rows"
         )
+
+
+def _refuse_untrained(columns: Mapping[str, Any], where: str) -> None:
+    for name in _TRAINED:
+        value = parsed(columns.get(name))
+        marks = value if isinstance(value, list) else [value]
+        if any(isinstance(mark, (bool, int, float)) and mark == 0 for mark in marks):
+            raise DataError(
+                f"{where}: column '{name}' is {value!r:.60}: by its name it says that a part of the row is not to be "
+                "learned, which only the turns themselves can say: put train: false into such turns, remove rows of "
+                "which nothing is to be learned, and remove or rename the column"
+            )
 
 
 def unknown(columns: Mapping[str, Any], renamed: Mapping[Any, str | None], schemas: str, where: str) -> DataError:
@@ -67,6 +88,11 @@ def unknown(columns: Mapping[str, Any], renamed: Mapping[Any, str | None], schem
             _refuse_one_message(columns, where)
         except DataError as error:
             return error
+    if tree := next((name for name, value in columns.items() if _branches(value)), None):
+        return DataError(
+            f"{where}: column '{tree}' holds a tree of messages; make each path from its root to an answer a row of "
+            "its own, as a column messages: [{role: user, content: ...}, {role: assistant, content: ...}]"
+        )
     mapped = {ours: theirs for ours, theirs in renamed.items() if theirs is not None and ours != "id"}
     if not mapped:
         return DataError(f"{found}{_advice(columns)}")
@@ -96,7 +122,7 @@ def notes(
     for name, value in columns.items():
         if name in read or name in off:
             continue
-        lowered = name.lower()
+        lowered = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
         if lowered in _VALUED and not (lowered == "label" and text is not None) and value not in (None, "", []):
             what = "is to say what is learned" if lowered in _OF_THE_MASK else "is a judgement of the row"
             yield f"column '{name}' is not read (by its name it {what})"
@@ -199,8 +225,16 @@ def _completed(mapped: Mapping[Any, str], columns: Mapping[str, Any]) -> dict[st
     return {**{ours: theirs for ours, theirs in guess.items() if ours not in mapped}, **mapped}
 
 
+def _branches(value: Any) -> bool:
+    """Whether it is a message with its answers in it, or several such."""
+    first = next(iter(value.values()), None) if isinstance(value, Mapping) else None
+    return any(isinstance(item, Mapping) and {"replies", "children"} & set(item) for item in (value, first))
+
+
 def _is_turn(value: Mapping[str, Any]) -> bool:
-    return bool({"role", "from"} & set(value)) and bool({"content", "value"} & set(value))
+    if any(set(pair) <= set(value) for pair in PAIRS):
+        return True
+    return bool({"role", "from"} & set(value)) and bool({"content", "value", "parts"} & set(value))
 
 
 def _first(names: Iterable[str], columns: Mapping[str, Any]) -> str | None:

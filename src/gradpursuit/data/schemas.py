@@ -3,7 +3,7 @@
 | schema | columns |
 |---|---|
 | messages | `messages`: a list of `{"role", "content"}`, with whatever else the chat template reads |
-| prompt/completion | two strings, or two lists of messages; the messages of the prompt are context |
+| prompt/completion | strings, or lists of messages; the messages of the prompt are context |
 | Alpaca | `instruction` and `output`, and perhaps `input`, `system` and `history` |
 | ShareGPT | `conversations`: a list of `{"from", "value"}` |
 | text | `text`: plain text, all of it supervised |
@@ -146,17 +146,30 @@ def _messages(view: _View) -> Conversation:
 
 
 def _prompt_completion(view: _View) -> Conversation:
-    prompt, completion = view.take("prompt"), view.take("completion")
+    prompt, completion = (_turns_or_text(view.take(name)) for name in ("prompt", "completion"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return _asked(view, prompt, completion)
+    if isinstance(prompt, str) and isinstance(completion, list):
+        prompt = [_message("user", prompt)]
+    elif isinstance(prompt, list) and isinstance(completion, str):
+        completion = [_message("assistant", completion)]
     if isinstance(prompt, list) and isinstance(completion, list):
         turns = Turns().extend(prompt, f"{view.where}: 'prompt'")
         first = len(turns.messages)
         return replace(_said(turns.extend(completion, f"{view.where}: 'completion'")), first=first)
     raise DataError(
         f"{view.where}: 'prompt' is {type(prompt).__name__} and 'completion' is {type(completion).__name__}; "
-        "expected two strings or two lists of messages"
+        "expected strings or lists of messages"
     )
+
+
+def _turns_or_text(value: Any) -> Any:
+    """A text that is the JSON of turns, or a turn alone, as a list of turns; any other value itself."""
+    found = parsed(value)
+    if isinstance(found, dict):
+        found = [found]
+    turns = isinstance(found, list) and bool(found) and all(isinstance(turn, dict) and "role" in turn for turn in found)
+    return found if turns else value
 
 
 def _alpaca(view: _View) -> Conversation:

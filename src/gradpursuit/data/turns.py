@@ -6,6 +6,8 @@
 | content in parts: `text`, `thinking`, `tool_use`, `tool_result` | text, `reasoning_content`, calls, tool turns |
 | OpenAI's `function_call`, and its role `function` | `tool_calls`, and role `tool` |
 | turns `function_call` and `observation` (LLaMA-Factory) | an assistant turn with `tool_calls`, and a tool turn |
+| pairs: `human` or `user` and `assistant`, `input` and `output`, perhaps `system` | messages |
+| Gemini's `parts` | the content |
 | `weight`, `train`, `loss`, ... | :attr:`Turns.untrained` |
 """
 
@@ -21,12 +23,20 @@ from gradpursuit.errors import DataError
 
 Message = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_CALLS = ("function_call", "tool_call", "function-call", "tool-call")  # names of a turn that is one or more calls
+_CALLS = (
+    "function_call",
+    "tool_call",
+    "function-call",
+    "tool-call",
+    "function_calls",
+    "tool_calls",
+)  # names of a turn that is one or more calls
 _ROLES = {
     "system": "system",
     **dict.fromkeys(("human", "prompter"), "user"),
-    **dict.fromkeys(("gpt", "model", "bot", "chatgpt", "bing", "bard", "ai"), "assistant"),
-    **dict.fromkeys(("observation", "function_response", "tool_response", "tool_result", "function"), "tool"),
+    **dict.fromkeys(("gpt", "model", "bot", "chatbot", "chatgpt", "bing", "bard", "ai"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response", "tool_result"), "tool"),
+    **dict.fromkeys(("function", "ipython"), "tool"),
     **dict.fromkeys(_CALLS, "assistant"),
     **{role: role for role in ROLES},
 }
@@ -38,6 +48,8 @@ _TRAIN = (
 _MASKED = ("masked", "is_masked", "ignore_loss", "mask_loss")  # the other way round
 _UNCLEAR = ("mask", "ignore")  # means either, depending on the library
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+_PARENTS = ("parent", "parent_id", "parentId")
+PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # keys of a turn that holds two
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _READ = frozenset(("tool_calls", "tool_call_id", *_THOUGHTS))
 _SPOKEN_ELSEWHERE = ("refusal", "audio", "images", "image", "videos", "video", "audios", "files", "attachments")
@@ -66,8 +78,11 @@ class Turns:
         value = parsed(value)
         if not isinstance(value, list) or not value:
             raise DataError(f"{where}: expected a list of {names} objects, found {value!r:.80}")
-        for index, turn in enumerate(value):
-            self._add(parsed(turn), f"{where}[{index}]", names)
+        turns = [parsed(turn) for turn in value]
+        _refuse_branches(turns, where)
+        for index, turn in enumerate(turns):
+            for part in _unpaired(turn):
+                self._add(part, f"{where}[{index}]", names)
         return self
 
     def _add(self, turn: Any, where: str, names: str) -> None:
@@ -80,8 +95,10 @@ class Turns:
             text = "value"
         elif text not in turn and shared and "content" in turn:
             text = "content"
+        elif text not in turn and "parts" in turn:
+            text = "parts"
         role, content = turn.get(said), turn.get(text)
-        known = _ROLES.get(role) if isinstance(role, str) else None
+        known = _ROLES.get(role.lower()) if isinstance(role, str) else None
         if known is None:
             wanted = ", ".join(_ROLES if shared else ROLES)
             what = f"'from' is {role!r}, not" if shared else f"role {role!r} is not"
@@ -90,7 +107,7 @@ class Turns:
         rest = {name: value for name, value in turn.items() if value is not None and name not in (said, text)}
         learned = self._learned(rest, known, where)
         before = len(self.messages)
-        if role in _CALLS:
+        if str(role).lower() in _CALLS:
             rest["tool_calls"] = _calls_of_text(content, where, str(role))
             content = None
         self._put(known, content, rest, where, f"'{said}' and a text '{text}'", turn)
@@ -231,6 +248,34 @@ class Turns:
         for name, value in part.items():
             if name not in read and value not in (None, "", [], {}, False):
                 self.notes[f"key '{name}' of a part of a content is not read"] = None
+
+
+def _unpaired(turn: Any) -> list[Any]:
+    """The messages of a turn that holds a question and its answer; any other turn itself."""
+    if isinstance(turn, dict):
+        said = {name: value for name, value in turn.items() if value is not None}
+        for asked, answered in PAIRS:
+            if {asked, answered} <= set(said) <= {asked, answered, "system"}:
+                system = [{"role": "system", "content": said["system"]}] if said.get("system") else []
+                user, answer = said[asked], said[answered]
+                return [*system, {"role": "user", "content": user}, {"role": "assistant", "content": answer}]
+    return [turn]
+
+
+def _refuse_branches(turns: Sequence[Any], where: str) -> None:
+    """Refuse turns that say that they do not follow each other.
+
+    Raises:
+        DataError: a turn's parent is another turn of the list than the one before.
+    """
+    ids = [turn.get("id") if isinstance(turn, dict) else None for turn in turns]
+    for index, turn in enumerate(turns):
+        parent = next((turn[name] for name in _PARENTS if turn.get(name)), None) if isinstance(turn, dict) else None
+        if parent is not None and parent in ids and (index == 0 or parent != ids[index - 1]):
+            raise DataError(
+                f"{where}[{index}]: the turn answers {parent!r:.60}, not the turn before it: the list is a tree; make "
+                "each path from its root to an answer a row of its own"
+            )
 
 
 def parsed(value: Any) -> Any:
