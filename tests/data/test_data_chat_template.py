@@ -149,6 +149,8 @@ def test_reasoning_comes_through_or_is_refused(base: Any, key: str) -> None:
         (TURNS.replace("m.content }}", "m.content[:8] }}"), [user("why " * 9), assistant(" so")], "a part of the user"),
         (TURNS.replace("m.content }}", "m.content.split('</b>')[-1] }}"), [user("why"), assistant("<b>so</b> so")],
          "a part of the assistant message of turn 2"),
+        (TURNS.replace("m.content }}", "m.content.split('</think>')[-1] }}"),
+         [user("<think>so</think>why"), assistant("so")], "a part of the user message of turn 1"),
         (TURNS, [user("why", name="Ada"), assistant("so")], "the name 'Ada' of turn 1"),
         (TURNS.replace("in messages", "in messages if m.role != 'system'"),
          [{"role": "system", "content": "so"}, user("why"), assistant("so")], r"system messages \(turn 1\)"),

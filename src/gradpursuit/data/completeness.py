@@ -125,8 +125,9 @@ class Marked:
     def _text(self, turn: int, text: str, kind: Literal["content", "reasoning"]) -> str:
         """A text with a mark after the first and the last word of every stretch between tags."""
         made = []
+        assistant = self._row.messages[turn]["role"] == "assistant"
         for stretch, thinks in _stretches(text):
-            this: Literal["content", "reasoning"] = "reasoning" if thinks else kind
+            this: Literal["content", "reasoning"] = "reasoning" if thinks and assistant else kind
             words = [] if _TAG.fullmatch(stretch) else list(_WORD.finditer(stretch))
             if words:
                 places = dict.fromkeys((words[0].end(), words[-1].end()))
