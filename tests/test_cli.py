@@ -11,7 +11,9 @@ import pytest
 from gradpursuit import __version__
 from gradpursuit.cli import main
 from gradpursuit.files import sha256_of
+from gradpursuit.manifest import Manifest
 from gradpursuit.marker import run_id
+from gradpursuit.sealed import sealed_text, write_sealed
 from jobs import Job
 
 
@@ -140,11 +142,14 @@ def test_a_checkpoint_whose_optimizer_does_not_fit(job: Job, capsys: pytest.Capt
     moments = load_file(path)
     name = sorted(moments)[0]
     save_file({**moments, name: moments[name][:-1].contiguous()}, path)
-    assert "'gradients' needs 'trajectory', of which " in fails(["collect", str(job.run_dir)], capsys)
-    manifest = json.loads((job.run_dir / "manifest.json").read_text())
+    assert (
+        f"{path}: missing, or not what 'trajectory' wrote; 'gradients' needs it: put it back from a copy, or run `gradpursuit warmup {job.run_dir}`"
+        in fails(["collect", str(job.run_dir)], capsys)
+    )
+    manifest = Manifest(job.run_dir).read()
     outputs = manifest["stages"]["trajectory"]["outputs"]
     outputs["trajectory/checkpoint-2/moments.safetensors"] = sha256_of(path)  # as if the run had come with it
-    (job.run_dir / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(job.run_dir / "manifest.json", manifest)
     message = fails(["collect", str(job.run_dir)], capsys)
     assert "moments.safetensors" in message
     assert name.removeprefix("m.") in message
@@ -193,16 +198,24 @@ def test_every_verb_that_takes_a_configuration_takes_the_run_folder(
         assert message == f"{job.path}: a file; give the run folder instead: run_dir of the configuration, or runs/job"
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 1, "stages": []}', '{"format": 1, "stages": {"data": 5}}'])
-def test_a_manifest_that_is_none(job: Job, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[]", "damaged: its contents do not match the checksum in it"),
+        ('{"format": 1, "stages": {}}', "of format 1, of an earlier gradpursuit, which kept no checksum of it"),
+        ('{"format": 2, "stages": {}}', "damaged: its contents do not match the checksum in it"),
+        ('{"format": 2, "stages": {}, "sha256": 5}', "damaged: its contents do not match the checksum in it"),
+        ("[" * 200_000, "damaged: it is not the JSON that was written"),
+        ("", "damaged: it is not the JSON that was written"),
+    ],
+)
+def test_a_manifest_that_is_none(job: Job, content: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     job.run_dir.mkdir()
-    (job.run_dir / "config.yaml").write_bytes(job.path.read_bytes())
+    (job.run_dir / "config.yaml").write_text(sealed_text(job.path.read_text()))
     (job.run_dir / "manifest.json").write_text(content)
     run_id(job.run_dir)  # a run, whose manifest was changed
-    words = f"{job.run_dir / 'manifest.json'}: not a run manifest of format 1"
-    for verb in ("status", "select"):
-        assert words in fails([verb, str(job.run_dir)], capsys)
-    assert fails(["verify", str(job.run_dir)], capsys).count(words) == 1
+    for verb in ("status", "select", "report", "verify"):
+        assert fails([verb, str(job.run_dir)], capsys).count(f"{job.run_dir / 'manifest.json'}: {words}") == 1
 
 
 def test_run_folder_and_flags_may_stand_anywhere(job: Job) -> None:

@@ -125,7 +125,7 @@ def test_tokens_sources_repeats_and_the_folder(
     assert len(lines(tmp_path / "out/gtp/repeated.jsonl")) == found["strategies"]["gtp"]["repeated"] == 21
     (tmp_path / "mine").mkdir()
     message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "mine"))
-    assert "is there already and is no export; choose another folder (--out)" in message
+    assert "is there already and is no export, or has lost its export.json; move it away, or choose another" in message
     for name in ("notes.txt", "gtp/notes.txt", "gtp/dataset/notes.txt"):
         (tmp_path / "out" / name).write_text("mine")
         message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "out"))
@@ -136,7 +136,7 @@ def test_tokens_sources_repeats_and_the_folder(
         assert "the run writes here itself; choose another folder (--out)" in message
     (tmp_path / "mine" / "export.json").write_text('{"name": "of another program"}')
     message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "mine"))
-    assert "is there already and is no export; choose another folder (--out)" in message
+    assert "is there already and is no export, or has lost its export.json; move it away, or choose another" in message
 
 
 @pytest.mark.parametrize(

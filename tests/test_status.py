@@ -15,7 +15,9 @@ from gradpursuit.cli import main
 from gradpursuit.counting import finished_rows
 from gradpursuit.live import NAME, read_progress, telling
 from gradpursuit.lock import Owner, RunLock, holder
+from gradpursuit.manifest import Manifest
 from gradpursuit.progress import Progress
+from gradpursuit.sealed import write_sealed
 from jobs import Job
 
 
@@ -116,9 +118,9 @@ def test_damage_and_changed_inputs_are_seen(
 
 
 def test_another_setting_makes_unfinished_rows_not_count(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = Manifest(folder).read()
     manifest["stages"]["gradients"]["state"] = "running"  # as a kill leaves it
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(folder / "manifest.json", manifest)
     time.sleep(1)  # of the clock that the manifest keeps
     with RunLock(folder):
         assert status(folder, capsys)["gradients"]["state"] == "unfinished", "it was another process that began it"

@@ -12,7 +12,9 @@ from gradpursuit.aside import replacing
 from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import GradPursuitError, ModelError, RunError, is_out_of_memory
 from gradpursuit.files import write_text
+from gradpursuit.integrity import kept_damage, stage_damage, told
 from gradpursuit.manifest import State
+from gradpursuit.sealed import sealed_text
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -30,8 +32,12 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
     if stage.check:
         stage.check(run)
     if state == "damaged" or (state == "outdated" and stage.name != "report"):  # each report is of its moment
-        reason = "settings or inputs have changed" if state == "outdated" else changed_files(run, stage)
-        if state == "damaged" and stage.intact:
+        reason = (
+            "settings or inputs have changed"
+            if state == "outdated"
+            else told(stage_damage(run, stage.name), stage.name)
+        )
+        if state == "damaged" and not stage_damage(run, stage.name):
             reason = "a file of it is missing or has changed"  # its check has named each
         mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
         logger.warning("%s: %s, %s", stage.name, reason, mend)
@@ -48,6 +54,8 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
         except GradPursuitError as error:
             if not isinstance(error, RunError) and before is not None:
                 write_text(config, before)
+                if manifest.is_file():
+                    run.manifest.record_config(before)
             raise
         return
     known = [name for entry in run.manifest.read()["stages"].values() for name in entry.get("outputs", {})]
@@ -61,9 +69,12 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
 
 
 def _fill(run: Run, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> None:
-    write_text(run.folder / "config.yaml", run.config.dump())
+    for path in kept_damage(run, stage):  # what is kept is recorded as right again
+        discard(path)
+    config = sealed_text(run.config.dump())
+    write_text(run.folder / "config.yaml", config)
     plan = stage.plan(run) if stage.plan else None
-    run.manifest.begin(stage.name, fingerprint, run.config.seed, plan, emptied)
+    run.manifest.begin(stage.name, fingerprint, run.config.seed, plan, emptied, config)
     start = time.monotonic()
     detail = _work(run, stage)
     outputs = _outputs(run, stage)
@@ -74,9 +85,11 @@ def _fill(run: Run, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> 
 
 
 def _outputs(run: Run, stage: Stage) -> list[Path]:
-    """The files of a finished stage; none if it checks them itself."""
-    owned = [] if stage.intact else [path for folder in run.paths(stage.owns) for path in folder.rglob("*")]
-    return sorted({path for path in [*owned, *run.paths(stage.writes)] if path.is_file()})
+    """The files of a finished stage that are known by their sha256: all of its own, but shards, which know it."""
+    found = [path for folder in run.paths(stage.owns) for name in stage.made for path in folder.glob(name)]
+    if stage.intact:
+        found = [path for path in found if path.suffix != ".safetensors"]
+    return sorted({path for path in [*found, *run.paths(stage.writes)] if path.is_file()})
 
 
 def _work(run: Run, stage: Stage) -> dict[str, Any]:
@@ -89,10 +102,3 @@ def _work(run: Run, stage: Stage) -> dict[str, Any]:
             f"{stage.name}: out of memory on {run.compute.device}; lower gradients.tokens_per_batch, "
             "warmup.batch_size, evaluation.batch_size or data.max_tokens, and run again: finished work is kept"
         ) from error
-
-
-def changed_files(run: Run, stage: Stage) -> str:
-    """Which files of a damaged stage are not what was written, by name."""
-    changed = run.manifest.changed(stage.name, quick=run.quick)
-    more = f" and {len(changed) - 3} others" if len(changed) > 3 else ""
-    return f"{', '.join(str(run.folder / name) for name in changed[:3])}{more} is missing or has changed"

@@ -34,6 +34,7 @@ OVERRIDES = (
     "every setting is also a flag that overrides the file: --selection.k 50, --seed 1; "
     "on a Ray cluster: --engine ray [--address HOST:PORT]"
 )
+UNEXPECTED = 10  # files that a run did not write, of which `verify` shows so many
 SHORT = {"--engine": "--engine.name", "--address": "--engine.address"}
 
 
@@ -179,22 +180,26 @@ def estimate(arguments: argparse.Namespace, overrides: list[str]) -> None:
 def verify(arguments: argparse.Namespace, overrides: list[str]) -> None:
     """`gradpursuit verify RUN`."""
     from gradpursuit.lock import holder
-    from gradpursuit.opening import read_config, run_folder
-    from gradpursuit.pipeline import Run
+    from gradpursuit.opening import run_folder
     from gradpursuit.report.terminal import check_line
-    from gradpursuit.verify import verify as check
+    from gradpursuit.verify import verify_folder
 
-    folder = run_folder(arguments.run)
+    folder = run_folder(arguments.run, damaged=True)
     if owner := holder(folder):
         raise RunError(f"{folder}: {owner} is at work here; verify it when that is done")
     quiet_libraries()
-    found = check(Run(read_config(folder / "config.yaml", overrides)), arguments.sample)
+    found = verify_folder(folder, arguments.sample, overrides)
     if arguments.json:
         print(json_text(found.to_json()))
     else:
-        print("".join(f"{line}\n" for line in (*map(check_line, found.checks), *found.outdated)), end="")
+        shown = found.unexpected[:UNEXPECTED]
+        more = len(found.unexpected) - len(shown)
+        notes = [f"{path}: this run did not write it" for path in shown]
+        notes += [f"{folder}: and {more} more files that this run did not write"] if more else []
+        print("".join(f"{line}\n" for line in (*map(check_line, found.checks), *found.outdated, *notes)), end="")
     if found.problems:
-        raise RunError.of_lines([f"{len(found.problems)} problems in {folder}:", *found.problems])
+        count = f"{len(found.problems)} problem{'s' if len(found.problems) > 1 else ''}"
+        raise RunError.of_lines([f"{count} in {folder}:", *found.problems])
     if not arguments.json:
         apart = "what is outdated apart, " if found.outdated else ""
         print(f"{folder}: {apart}every file is what was written, no row is missing")

@@ -21,6 +21,15 @@ if TYPE_CHECKING:
     from gradpursuit.selection import Selection
 
 logger = logging.getLogger("gradpursuit")
+COMPARISON_FILES = (
+    "results.jsonl",
+    "plan.json",
+    "table.csv",
+    "differences.csv",
+    "table.md",
+    "summary.json",
+    "gain.png",
+)
 
 
 def compare(run: Run) -> dict[str, Any]:
@@ -165,11 +174,14 @@ def _subsets(run: Run, wanted: Sequence[int], folder: Path) -> dict[int, Subsets
 
     The problem is opened once: what strategies make of it serves all budgets.
     """
-    from gradpursuit.selection.export import read_selection, write_selection
+    from gradpursuit.selection.export import read_selection, selection_damage, write_selection
 
     pool, strategies = run.table("pool"), {one.name: one for one in run.strategies() if one.name in compared(run)}
     places = {(k, n): folder / f"{n}-{k}-{_fingerprint(run, n, k)[:12]}" for k in wanted for n in strategies}
-    if lacking := [cell for cell in places if not (places[cell] / "path.json").is_file()]:  # written last
+    damaged = {cell: selection_damage(place) for cell, place in places.items() if place.exists()}
+    for path in filter(None, damaged.values()):
+        logger.warning("%s: missing, or not what was written; this selection is made again", path)
+    if lacking := [cell for cell in places if damaged.get(cell, places[cell])]:
         with opened_problem(run) as (problem, candidates):
             for k, name in lacking:
                 draws = range(run.config.evaluation.seeds if strategies[name].stochastic else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -28,9 +29,12 @@ def _shards(store: Path, made_with: Mapping[str, Any]) -> dict[tuple[int, int], 
     """Rows of every whole shard, by checkpoint and number."""
     try:
         manifest = json.loads((store / "manifest.json").read_text(encoding="utf-8"))
+        found = manifest.pop("fingerprint")
+        if found != hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest():
+            return {}  # damaged: no number in it can be relied on
         rows, size, checkpoints = (int(manifest[name]) for name in ("rows", "shard_rows", "checkpoints"))
         known = {**manifest["origin"], **manifest}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
     if any(known.get(name) != value for name, value in made_with.items()):
         return {}
@@ -45,11 +49,13 @@ def _shards(store: Path, made_with: Mapping[str, Any]) -> dict[tuple[int, int], 
 def _is_whole(path: Path) -> bool:
     """Whether a safetensors file is there and as long as its header says."""
     try:
+        if not path.is_file():
+            return False
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             size = path.stat().st_size
             header = json.loads(file.read(length)) if length <= size else {}
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, struct.error):
         return False
     return bool(ends) and size == 8 + length + max(ends)

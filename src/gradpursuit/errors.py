@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Self
 
 
@@ -59,6 +60,23 @@ class SelectionError(GradPursuitError):
 
 class RunError(GradPursuitError):
     """A run folder does not hold what the next stage needs."""
+
+
+class DamagedError(RunError):
+    """A file of a run is missing, or is not what was written.
+
+    Attributes:
+        path: the file.
+        reason: what is wrong with it.
+        fix: what to do.
+    """
+
+    def __init__(self, path: Path, reason: str, fix: str = "put it back from a copy") -> None:
+        super().__init__(f"{path}: damaged: {reason}; {fix}")
+        self.path, self.reason, self.fix = path, reason, fix
+
+    def __reduce__(self) -> tuple[type[DamagedError], tuple[Path, str, str]]:
+        return type(self), (self.path, self.reason, self.fix)
 
 
 class DownloadError(GradPursuitError):

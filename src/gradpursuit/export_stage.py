@@ -15,6 +15,7 @@ from gradpursuit.aside import settled
 from gradpursuit.errors import ConfigError, RunError, SelectionError, nearest
 from gradpursuit.files import read_json
 from gradpursuit.manifest import digest_of
+from gradpursuit.sealed import digest_now, read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from gradpursuit.data import Table
@@ -27,6 +28,7 @@ logger = logging.getLogger("gradpursuit")
 EXPORT_FILES = ("selected.jsonl", "selected.parquet", "repeated.jsonl", "README.md")
 EXPORT_FOLDER = "dataset"
 _SAVED = re.compile(r"data-\d+-of-\d+\.arrow|dataset_info\.json|state\.json")  # what `save_to_disk` writes
+EXPORT_RECORD = "export.json"
 _WHOLE = "the whole selection"
 
 
@@ -80,7 +82,7 @@ def export_budget(
         ConfigError: a strategy is not one of the run's.
         SelectionError: a selection cannot meet the budget; nothing is written.
     """
-    from gradpursuit.files import write_folder, write_json
+    from gradpursuit.files import sha256_of, write_folder
     from gradpursuit.selection.budget import resolve, within_budget
     from gradpursuit.selection.export import read_selection
 
@@ -88,6 +90,7 @@ def export_budget(
     for name in strategies:
         if name not in configured:
             raise ConfigError(f"strategy '{name}' is not among those that chose; {nearest(name, configured)}")
+    elsewhere = folder is not None
     folder = folder or run.folder / "exports" / _name(run, request)
     _refuse_place(run, folder)
     with run.working("export"):
@@ -109,7 +112,10 @@ def export_budget(
             made = Exported(folder, budget, figures)
             asked = request.model_dump(mode="json", exclude_defaults=True)
             origin = {"selection": run.fingerprint("selection"), "asked": asked}
-            write_json(part / "export.json", {**made.to_json(), **origin})
+            files = {path.relative_to(part).as_posix(): path for path in sorted(part.rglob("*")) if path.is_file()}
+            flags = _flags(request, strategies, folder if elsewhere else None, repeats)
+            written = {"flags": flags, "files": {name: sha256_of(path) for name, path in files.items()}}
+            write_sealed(part / EXPORT_RECORD, {**made.to_json(), **origin, **written})
     return made
 
 
@@ -126,11 +132,14 @@ def _refuse_foreign(folder: Path) -> None:
     settled(folder)
     if not os.path.lexists(folder):
         return
-    made = folder / "export.json"
+    made = folder / EXPORT_RECORD
     value = read_json(made) if made.is_file() else None
     strategies = value.get("strategies") if isinstance(value, dict) and "asked" in value else None
     if not isinstance(strategies, dict):
-        raise RunError(f"{folder}: is there already and is no export; choose another folder (--out)")
+        raise RunError(
+            f"{folder}: is there already and is no export, or has lost its {EXPORT_RECORD}; move it away, or choose "
+            "another folder (--out)"
+        )
     own = {made, *(folder / name for name in strategies)}
     own |= {folder / name / file for name in strategies for file in (*EXPORT_FILES, EXPORT_FOLDER)}
     found = [*folder.iterdir(), *(path for name in strategies for path in (folder / name).glob("*"))]
@@ -139,6 +148,29 @@ def _refuse_foreign(folder: Path) -> None:
     others += [path for path in saved if not _SAVED.fullmatch(path.name)]
     if others:
         raise RunError(f"{others[0]}: no file of this export; move it elsewhere, or choose another folder (--out)")
+
+
+def export_damage(folder: Path) -> tuple[list[Path], list[str]]:
+    """Files of an exported budget that are missing or changed, and the flags that export it again.
+
+    Raises:
+        DamagedError: `export.json`, which knows them, is missing or damaged itself.
+    """
+    known = read_sealed(folder / EXPORT_RECORD)
+    changed = [folder / name for name, digest in known["files"].items() if digest_now(folder / name) != digest]
+    return changed, list(known["flags"])
+
+
+def _flags(request: BudgetRequest, strategies: Sequence[str], folder: Path | None, repeats: int | None) -> list[str]:
+    """The flags of an export on the command line."""
+    words = []
+    for name, value in request.model_dump(mode="json", exclude_defaults=True).items():
+        flag = f"--{name.replace('_', '-')}"
+        bounds = [f"{source}={bound}" for source, bound in value.items()] if isinstance(value, dict) else [str(value)]
+        words += [word for bound in bounds for word in (flag, bound)]
+    words += ["--strategies", ",".join(strategies)] if strategies else []
+    words += ["--out", str(folder)] if folder else []
+    return words + (["--repeats", str(repeats)] if repeats is not None else [])
 
 
 def _write(

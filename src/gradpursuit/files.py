@@ -118,6 +118,8 @@ def stored_bytes(path: Path) -> NDArray[np.uint8] | RemoteBytes:
     """
     import numpy as np
 
+    if not is_remote(path) and path.exists() and not path.is_file():  # a pipe would wait for a writer
+        raise OSError(errno.EINVAL, "no plain file", str(path))
     return RemoteBytes(path) if is_remote(path) else np.memmap(path, dtype=np.uint8, mode="r")
 
 

@@ -15,6 +15,14 @@ from gradpursuit.lock import Owner
 from gradpursuit.progress import Progress, listening
 
 NAME = "progress.json"
+_KINDS: dict[str, Any] = {
+    "what": str,
+    "unit": str,
+    "done": int,
+    "total": (int, type(None)),
+    "rate": (int, float),
+    "updated": (int, float),
+}
 
 
 @contextmanager
@@ -53,6 +61,9 @@ def read_progress(folder: Path, owner: Owner, stage: str) -> dict[str, Any] | No
     """The numbers that `owner`, at work now, last left for `stage`; None: none yet."""
     try:
         value: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
-        return value if (value["pid"], value["stage"]) == (owner.pid, stage) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        known = (value["pid"], value["stage"]) == (owner.pid, stage) and all(
+            isinstance(value[name], kinds) for name, kinds in _KINDS.items()
+        )
+        return value if known else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -249,6 +249,9 @@ def _lock(file: int, *, shared: bool) -> bool | None:
 
 def _read(file: int) -> Owner | None:
     try:
-        return Owner(**json.loads(os.pread(file, 1 << 16, 0)))
-    except (ValueError, TypeError):
+        owner = Owner(**json.loads(os.pread(file, 1 << 16, 0)))
+        datetime.fromisoformat(owner.since)
+    except (ValueError, TypeError, RecursionError):
         return None
+    whole = type(owner.pid) is int and isinstance(owner.host, str) and isinstance(owner.command, str)
+    return owner if whole else None

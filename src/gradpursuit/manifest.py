@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
@@ -14,33 +15,52 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gradpursuit import __version__
-from gradpursuit.errors import RunError
-from gradpursuit.files import read_json, sha256_of, write_json
+from gradpursuit.errors import DamagedError, RunError
+from gradpursuit.files import sha256_of
+from gradpursuit.sealed import SEAL, digest_now, parse, unsealed, write_sealed
 
-FORMAT = 1
-SELECTION_FORMAT = 3  # of a selection's files and of the strategies' defaults; those in another format are made again
+FORMAT = 2  # 1 had no checksum of itself
+SELECTION_FORMAT = 4  # of a selection's files and of the strategies' defaults; those in another format are made again
 State = Literal["new", "unfinished", "outdated", "damaged", "complete"]
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy", "scipy", "scikit-learn", "safetensors")
 
 
 class Manifest:
-    """`manifest.json` of a run folder; every change is written at once, atomically."""
+    """`manifest.json` of a run folder; every change is written at once, atomically, with a checksum of the whole.
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "manifest.json"
+    Args:
+        folder: of the run, or of a target added to it.
+        again: the command that makes it again when it is damaged; empty: that of a run.
+    """
+
+    def __init__(self, folder: Path, again: str = "") -> None:
+        self.path = folder / "manifest.json"
+        other = folder.with_name(f"{folder.name}-again")
+        run = shlex.join(["gradpursuit", "run", str(folder / "config.yaml"), "--run-dir", str(other)])
+        self._fix = "nothing that it says of the files can be relied on. Put it back from a copy; without one, " + (
+            f"run `{again}`" if again else f"`{run}` makes the run again in another folder"
+        )
 
     def read(self) -> dict[str, Any]:
         """Its content; that of a run not yet begun if there is no file.
 
         Raises:
-            RunError: the file is broken or of another format.
+            DamagedError: any byte of it is not what was written.
+            RunError: it is of another format.
         """
-        if not self._path.is_file():
+        if not os.path.lexists(self.path):
             return {"format": FORMAT, "created": _now(), "stages": {}}
-        value = read_json(self._path)
-        stages = value.get("stages") if isinstance(value, dict) and value.get("format") == FORMAT else None
-        if not isinstance(stages, dict) or not all(isinstance(entry, dict) for entry in stages.values()):
-            raise RunError(f"{self._path}: not a run manifest of format {FORMAT}; choose another run folder")
+        try:
+            content, text = parse(self.path)
+            _refuse_old(self.path, content)
+            value = unsealed(self.path, content, text)
+        except DamagedError as error:
+            raise DamagedError(self.path, error.reason, self._fix) from None
+        if value.get("format") != FORMAT or not isinstance(value.get("stages"), dict):
+            raise RunError(
+                f"{self.path}: of format {value.get('format')!r}, of a later gradpursuit; this one reads format "
+                f"{FORMAT}. Install that version, or choose another run folder (--run-dir)"
+            )
         return value
 
     def entry(self, stage: str) -> dict[str, Any]:
@@ -66,7 +86,21 @@ class Manifest:
         """Outputs of `stage` that are missing, or are not what it wrote; `quick` as in :meth:`state`."""
         known, is_same = ("sizes", _has_size) if quick else ("outputs", _has_sha256)
         outputs = self.entry(stage).get(known, {})
-        return [name for name, value in outputs.items() if not is_same(self._path.parent / name, value)]
+        return [name for name, value in outputs.items() if not is_same(self.path.parent / name, value)]
+
+    def outputs(self) -> dict[str, str]:
+        """The stage that wrote each file of the finished stages, by its path in the folder."""
+        return {
+            name: stage
+            for stage, entry in self.read()["stages"].items()
+            if entry.get("state") == "complete"
+            for name in entry.get("outputs", {})
+        }
+
+    def config_digest(self) -> str | None:
+        """sha256 of the `config.yaml` that the last stage ran with; None: not known."""
+        found: str | None = self.read().get("config")
+        return found
 
     def has_finished(self, stage: str) -> bool:
         """Whether `stage` was ever finished here, with whatever settings."""
@@ -88,23 +122,26 @@ class Manifest:
         seed: int,
         plan: dict[str, Any] | None = None,
         emptied: Sequence[Path] = (),
+        config: str | None = None,
     ) -> None:
-        """Record that `stage` runs now, here, with these versions, and what it is going to write.
+        """Record that `stage` runs now, here, with these versions and settings, and what it is going to write.
 
         Other stages that had files in the `emptied` folders are outdated from now on.
         """
         value = self.read()
         value.update(gradpursuit=__version__, seed=seed, packages=_versions(), machine=_machine())
         value["stages"][stage] = {"state": "running", "fingerprint": fingerprint, "started": _now(), "plan": plan or {}}
-        lost = tuple(f"{folder.relative_to(self._path.parent).as_posix()}/" for folder in emptied)
+        if config is not None:
+            value["config"] = hashlib.sha256(config.encode()).hexdigest()
+        lost = tuple(f"{folder.relative_to(self.path.parent).as_posix()}/" for folder in emptied)
         for entry in value["stages"].values():
             if any(name.startswith(lost) for name in entry.get("outputs", {})):
                 entry.update(fingerprint="", outputs={}, sizes={})
-        write_json(self._path, value)
+        write_sealed(self.path, value)
 
     def complete(self, stage: str, seconds: float, detail: dict[str, Any], outputs: Sequence[Path]) -> None:
         """Record that `stage` is finished, how long it took, what it found, and sha256 and size of its `outputs`."""
-        files = {path.relative_to(self._path.parent).as_posix(): path for path in outputs}
+        files = {path.relative_to(self.path.parent).as_posix(): path for path in outputs}
         value = self.read()
         value["stages"][stage].update(
             state="complete",
@@ -113,7 +150,11 @@ class Manifest:
             outputs={name: sha256_of(path) for name, path in files.items()},
             sizes={name: path.stat().st_size for name, path in files.items()},
         )
-        write_json(self._path, value)
+        write_sealed(self.path, value)
+
+    def record_config(self, text: str) -> None:
+        """Record that `config.yaml` was written again, outside of a stage."""
+        write_sealed(self.path, {**self.read(), "config": hashlib.sha256(text.encode()).hexdigest()})
 
 
 def digest_of(value: Any) -> str:
@@ -121,8 +162,17 @@ def digest_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _refuse_old(path: Path, value: Any) -> None:
+    number = value.get("format") if isinstance(value, dict) and SEAL not in value else None
+    if type(number) is int and 1 <= number < FORMAT:
+        raise RunError(
+            f"{path}: of format {number}, of an earlier gradpursuit, which kept no checksum of it; this one reads "
+            f"format {FORMAT}. Finish the run with that version, or run it again in another folder (--run-dir)"
+        )
+
+
 def _has_sha256(path: Path, digest: str) -> bool:
-    return path.is_file() and sha256_of(path) == digest
+    return digest_now(path) == digest
 
 
 def _has_size(path: Path, size: int) -> bool:

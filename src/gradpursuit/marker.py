@@ -81,6 +81,16 @@ def is_run(folder: Path) -> bool:
     return _marked(folder) is not None or _has_manifest(folder)
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether the id of the run is, byte for byte, what was written."""
+    path = folder / NAME
+    name = _marked(folder)
+    if name is None or path.is_symlink():
+        return False
+    value = {"gradpursuit": "run", "id": name, "sha256": _digest(name)}
+    return path.read_bytes() == (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
 def _marked(folder: Path) -> str | None:
     value = _json(folder / NAME)
     if value is None or value.get("gradpursuit") != "run":

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 from contextlib import suppress
 from pathlib import Path
 
+from gradpursuit import marker
 from gradpursuit.aside import is_interrupted
 from gradpursuit.config import RunConfig, load_config
-from gradpursuit.errors import RunError
+from gradpursuit.errors import DamagedError, RunError
 from gradpursuit.lock import RunLock, holder
+from gradpursuit.manifest import Manifest
 from gradpursuit.remote import absolute
 from gradpursuit.remote import located as located_place
+from gradpursuit.sealed import is_sealed_text
 from gradpursuit.sources import located
 
 
@@ -38,8 +42,8 @@ def begun_config(name: str, overrides: list[str]) -> RunConfig:
     return read_config(run_folder(name) / "config.yaml", overrides)
 
 
-def run_folder(name: str) -> Path:
-    """The folder of a run that was begun.
+def run_folder(name: str, *, damaged: bool = False) -> Path:
+    """The folder of a run that was begun; `damaged`: it may lack its configuration or its manifest, but not both.
 
     Raises:
         RunError: it is none.
@@ -49,7 +53,8 @@ def run_folder(name: str) -> Path:
     if path.is_file():
         where = f"run_dir of the configuration, or runs/{path.stem}"
         raise RunError(f"{path}: a file; give the run folder instead: {where}")
-    if not (path / "config.yaml").is_file() or not (path / "manifest.json").is_file():
+    present = [(path / name).is_file() for name in ("config.yaml", "manifest.json", marker.NAME)]
+    if not all(present[:2]) and not (damaged and sum(present) > 1):
         if owner := holder(path):
             raise RunError(f"{path}: {owner} is at work here, but has not begun a stage; look again in a moment")
         lacking = " and ".join(name for name in ("config.yaml", "manifest.json") if not (path / name).is_file())
@@ -63,8 +68,16 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
 
     The configuration of a run folder is that of the folder it lies in, wherever that was moved to, unless `run_dir`
     names another.
+
+    Raises:
+        DamagedError: it is that of a run folder, and it or the manifest there is not what the run wrote.
+        ConfigError: as :func:`~gradpursuit.config.load_config`.
     """
     _settle(path.parent)
+    if path.name == "config.yaml" and (path.parent / "manifest.json").is_file():
+        if run_dir is None or Path(run_dir).resolve() == path.parent.resolve():
+            Manifest(path.parent).read()
+        _refuse_changed(path)
     if run_dir is None and (path.parent / "manifest.json").is_file():
         run_dir = str(path.parent)
     if run_dir is not None:
@@ -89,6 +102,18 @@ def _settle(folder: Path) -> None:
     if is_interrupted(folder) and holder(folder) is None:
         with suppress(RunError), RunLock(folder):
             pass
+
+
+def _refuse_changed(path: Path) -> None:
+    """The configuration of a run must be as the run wrote it: nobody can tell an edit from damage."""
+    if not is_sealed_text(path):
+        run = shlex.join(["gradpursuit", "run", "COPY.yaml", "--run-dir", str(path.parent)])
+        raise DamagedError(
+            path,
+            "it is not what the run wrote",
+            "put it back from a copy. If you edited it: give settings as flags (--selection.k 50), or move it away, "
+            f"say as COPY.yaml, and run `{run}`",
+        )
 
 
 def _absolute(path: str) -> str:

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from gradpursuit.aside import replacing
-from gradpursuit.attempt import changed_files, run_stage
+from gradpursuit.attempt import run_stage
 from gradpursuit.belongings import refuse_foreign, refuse_inputs_within
 from gradpursuit.comparison_stage import targets_fingerprint
 from gradpursuit.config import RunConfig, rows_of
 from gradpursuit.errors import ConfigError, RunError, SelectionError
-from gradpursuit.files import read_json
-from gradpursuit.gradient_stage import claim_store, collected_requests
+from gradpursuit.files import read_json, write_text
+from gradpursuit.gradient_stage import claim_store, collected_requests, splits, store_problems
 from gradpursuit.identity import model_identity
 from gradpursuit.inputs import Inputs
+from gradpursuit.integrity import refuse_damage, refuse_damaged_inputs, stage_damage, told
 from gradpursuit.live import telling
 from gradpursuit.lock import RunLock
 from gradpursuit.manifest import SELECTION_FORMAT, Manifest, State, digest_of
 from gradpursuit.plugins import used_distributions
+from gradpursuit.sealed import is_sealed_text, sealed_text
 from gradpursuit.spread import check_engine
 from gradpursuit.stages import STAGES, Stage
 from gradpursuit.targets import Target, targets
@@ -88,6 +90,8 @@ class Run:
         with self.lock:
             check(self)
             refuse_inputs_within(self)
+            refuse_damaged_inputs(self)
+            self._restore_config()
             for stage in STAGES[begin : names.index(upto) + 1]:
                 refuse_foreign(self, stage)
             if begin <= names.index("gradients") <= names.index(upto):
@@ -121,7 +125,7 @@ class Run:
         fingerprint = ""
         for stage in STAGES[: [stage.name for stage in STAGES].index(upto) + 1]:
             fingerprint = self.fingerprint_of(stage, fingerprint)
-            quick = self.quick or stage.intact is not None
+            quick = stage.intact is not None
             if stage.name not in without and self.state(stage, fingerprint, quick=quick) != "complete":
                 return stage
         return None
@@ -138,6 +142,7 @@ class Run:
         from gradpursuit.report import write_report
 
         with self.working("report"):
+            refuse_damage(self)
             refuse_foreign(self, STAGES[-1])
             with replacing(self.folder, "report", [self.folder / "manifest.json"]) as old:
                 for place in self.paths(STAGES[-1].writes):
@@ -161,22 +166,35 @@ class Run:
         return [target.name for target in targets(self) if target.state() == "complete"]
 
     def _refuse(self, stage: Stage, purpose: str) -> NoReturn:
-        command = shlex.join(["gradpursuit", stage.verb, *self.words])
-        if self.manifest.state(stage.name, self.fingerprint(stage.name), quick=self.quick) == "damaged":
-            raise RunError(
-                f"{self.folder}: {purpose} needs '{stage.name}', of which {changed_files(self, stage)}; put it back "
-                f"from a copy, or run `{command}` to make '{stage.name}' again"
-            )
+        again = shlex.join(["gradpursuit", stage.verb, *self.words])
+        if lines := self.damage(stage):
+            raise RunError(f"{lines}; {purpose} needs it: put it back from a copy, or run `{again}` first")
         raise RunError(
             f"{self.folder}: {purpose} needs '{stage.name}', which is not complete for this "
-            f"configuration; run `{command}` first"
+            f"configuration; run `{again}` first"
         )
+
+    def damage(self, stage: Stage) -> str:
+        """Which files of a stage that was finished with these settings are missing or changed; empty: none."""
+        if self.state(stage, self.fingerprint(stage.name), quick=False) != "damaged":
+            return ""
+        if changed := stage_damage(self, stage.name):
+            return told(changed, stage.name)
+        return "; ".join(problem for split in splits(self) for problem in store_problems(self, split))
 
     def state(self, stage: Stage, fingerprint: str, *, quick: bool | None = None) -> State:
         """How far a stage is; `quick` (default: that of the run): files are known by name and size alone."""
         quick = self.quick if quick is None else quick
         state = self.manifest.state(stage.name, fingerprint, quick=quick)
         return "damaged" if state == "complete" and stage.intact and not stage.intact(self, quick) else state
+
+    def _restore_config(self) -> None:
+        """Write `config.yaml` again if it is lost or changed: these settings come from elsewhere."""
+        path = self.folder / "config.yaml"
+        if self.manifest.read()["stages"] and not is_sealed_text(path):
+            text = sealed_text(self.config.dump())
+            write_text(path, text)
+            self.manifest.record_config(text)
 
     def paths(self, templates: tuple[str, ...]) -> list[Path]:
         """Places in the run folder by their templates, each for every configured strategy."""

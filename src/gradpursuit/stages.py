@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from gradpursuit.comparison_stage import check_ahead, check_comparison, compare
+from gradpursuit.comparison_stage import COMPARISON_FILES, check_ahead, check_comparison, compare
 from gradpursuit.config import DataSection
 from gradpursuit.errors import DataError, SelectionError
 from gradpursuit.export_stage import EXPORT_FILES, EXPORT_FOLDER, export
@@ -50,6 +50,7 @@ class Stage:
             sha256 is compared.
         check: refuses, before anything is changed, what it could not do.
         plan: what it is going to write, for whoever looks on from outside.
+        made: names of what it makes in its folders, as patterns; other files there are the user's.
         shows: which of its files and folders a summary names; empty: all.
     """
 
@@ -63,6 +64,7 @@ class Stage:
     intact: Callable[[Run, bool], bool] | None = None
     check: Callable[[Run], None] | None = None
     plan: Callable[[Run], dict[str, Any]] | None = None
+    made: tuple[str, ...] = ("**/*",)
     shows: tuple[str, ...] = ()
 
 
@@ -251,6 +253,7 @@ STAGES = (
         intact=gradients_intact,
         check=_check_collecting,
         plan=gradients_plan,
+        made=("dropped.jsonl", "*/*/manifest.json"),
     ),
     Stage(
         "selection",
@@ -271,7 +274,15 @@ STAGES = (
         shows=(EACH + EXPORT_FILES[0],),
     ),
     Stage(
-        "evaluation", "compare", ("evaluation",), (), ("evaluation",), compare, keep="always", check=check_comparison
+        "evaluation",
+        "compare",
+        ("evaluation",),
+        (),
+        ("evaluation",),
+        compare,
+        keep="always",
+        check=check_comparison,
+        made=(*COMPARISON_FILES, "selections/*/*/*"),
     ),
     Stage("report", "report", (), ("report.html", "report.json"), (), _report),
 )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.errors import GradPursuitError
 from gradpursuit.gradient_stage import gradient_rows
+from gradpursuit.integrity import told as damage_told
 from gradpursuit.live import read_progress
 from gradpursuit.lock import Owner, holder
 from gradpursuit.progress import clock
@@ -102,8 +103,16 @@ def read_status(run: Run) -> RunStatus:
         if owner and entry.get("state") == "running" and entry["started"] >= owner.since:
             state = "running"  # what began before the owner did was killed
         told = note if note != earlier else "" if note else run.inputs.note(stage.name)
+        if state == "damaged" and not told:
+            told = _damage(run, stage.name)
         stages.append(_stage(run, stage.name, state, entry, owner, told))
     return RunStatus(str(run.folder), owner, stages, [_target(target, owner) for target in targets(run)])
+
+
+def _damage(run: Run, stage: str) -> str:
+    """What a quick look can say of a damaged stage."""
+    changed = [run.folder / name for name in run.manifest.changed(stage, quick=True)]
+    return damage_told(changed, stage) if changed else f"rows are missing; `gradpursuit verify {run.folder}` names them"
 
 
 def _target(target: Target, owner: Owner | None) -> dict[str, Any]:
@@ -184,25 +193,18 @@ COUNTS = {
 
 def _plan(run: Run) -> list[tuple[str, str]]:
     try:
-        return [tuple(key) for key in json.loads((run.folder / "evaluation" / "plan.json").read_text("utf-8"))]
-    except (OSError, ValueError, TypeError):
+        content = json.loads((run.folder / "evaluation" / "plan.json").read_text("utf-8"))
+        return [(str(training), str(scored)) for training, scored in content]
+    except (OSError, ValueError, TypeError, RecursionError):
         return []
 
 
 def _cells_found(run: Run) -> dict[tuple[str, str], float]:
     """Seconds of every line of the results, by training and rows scored."""
-    try:
-        lines = (run.folder / "evaluation" / "results.jsonl").read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
-        return {}
-    found = {}
-    for line in lines:
-        try:
-            value = json.loads(line)["result"]
-            found[value["training"], value["scored"]] = float(value["train_seconds"] + value["score_seconds"])
-        except (ValueError, KeyError, TypeError):
-            continue  # torn: it will be computed again
-    return found
+    from gradpursuit.evaluation.journal import Journal
+
+    found = Journal(run.folder / "evaluation" / "results.jsonl", quiet=True).results
+    return {key: result.train_seconds + result.score_seconds for key, result in found.items()}
 
 
 def _cell_rate(run: Run) -> float | None:

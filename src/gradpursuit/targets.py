@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gradpursuit.aside import replacing
 from gradpursuit.config import OWN, SourceSection, target_name
 from gradpursuit.durable import discard, sync_tree
-from gradpursuit.errors import ConfigError, GradPursuitError, RunError
+from gradpursuit.errors import ConfigError, DamagedError, GradPursuitError, RunError
 from gradpursuit.files import read_json
 from gradpursuit.gradient_stage import claim_store, gradient_folder, planned_for_target
 from gradpursuit.manifest import Manifest, State, digest_of
@@ -76,7 +76,8 @@ class Target:
             raise ConfigError(f"target name {name!r}: {error}") from None
         self.name = name
         self.folder = run.folder / "targets" / name
-        self.manifest = Manifest(self.folder)
+        words = ["gradpursuit", "target", "add", str(run.folder), "--name", name]
+        self.manifest = Manifest(self.folder, f"{shlex.join(words)} --file FILE.jsonl --replace")
         self._run = run
 
     @property
@@ -159,6 +160,14 @@ class Target:
                 words += [flag, path]
         return shlex.join(words) + ("" if self.inputs else " --file FILE.jsonl")
 
+    def is_damaged(self) -> bool:
+        """Whether its manifest is damaged."""
+        try:
+            self.manifest.read()
+        except DamagedError:
+            return True
+        return False
+
     def describe(self) -> dict[str, Any]:
         """Name, state, rows and files, as JSON values."""
         try:
@@ -200,11 +209,13 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
     target = Target(run, name)
     with run.working(f"target {name}"):
         run.require("gradients", f"`target add {name}`")
-        files = dataclasses.replace(files, known=target.inputs)
-        if target.inputs and target.fingerprints(target.inputs) != target.fingerprints(files.hashes) and not replace:
+        damaged = replace and target.is_damaged()
+        known = {} if damaged else target.inputs
+        files = dataclasses.replace(files, known=known)
+        if known and target.fingerprints(known) != target.fingerprints(files.hashes) and not replace:
             raise RunError(
                 f"{target.folder}: target '{name}' is there with other content "
-                f"({', '.join(path for hashes in target.inputs.values() for path in hashes)}); "
+                f"({', '.join(path for hashes in known.values() for path in hashes)}); "
                 "choose another name, or give --replace"
             )
         claim_store(run)
@@ -216,6 +227,9 @@ def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False
             old.set_aside(target.folder, copy=True)
             if run.config.gradients.store and not is_remote(store := gradient_folder(run, name)):
                 old.set_aside(store, copy=True)
+            if damaged:
+                logger.warning("%s: damaged; the target is made again", target.manifest.path)
+                discard(target.manifest.path)
             _make(run, target, files)
             sync_tree(target.folder)
             old.commit(())

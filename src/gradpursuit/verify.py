@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradpursuit.errors import ConfigError, GradPursuitError, StoreError
+from gradpursuit.errors import ConfigError, DamagedError, GradPursuitError, StoreError, TrajectoryError
+from gradpursuit.file_check import check_files
 from gradpursuit.gradient_stage import (
     Split,
     collector,
@@ -21,6 +22,8 @@ from gradpursuit.gradient_stage import (
 )
 from gradpursuit.gradients.filling import StoreFiller
 from gradpursuit.gradients.recompute import Difference, recompute, worst
+from gradpursuit.integrity import damaged_inputs, input_message
+from gradpursuit.opening import read_config
 from gradpursuit.pipeline import Run
 from gradpursuit.remote import is_remote
 from gradpursuit.stages import STAGES, Stage
@@ -48,12 +51,13 @@ class Verification:
     """Everything that is wrong, one line each, and the rows that were computed again.
 
     `outdated` is what was made with other settings or inputs, or of what is outdated itself: nothing is wrong with it,
-    but it does not belong to the run as it is configured.
+    but it does not belong to the run as it is configured. `unexpected` are files that the run did not write.
     """
 
     problems: list[str]
     checks: list[StoreCheck]
     outdated: list[str]
+    unexpected: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values; `lost` is null where a row could not be computed again."""
@@ -64,29 +68,59 @@ class Verification:
         return value
 
 
-def verify(run: Run, sample: int = 8) -> Verification:
-    """Check every sha256 of a run, find missing rows, and compute `sample` rows of every split again, one by one.
-
-    Nothing is written. What is damaged is not computed again, nor is anything when data or trajectory are. Of what is
-    outdated nothing is checked.
+def verify_folder(folder: Path, sample: int = 8, overrides: Sequence[str] = ()) -> Verification:
+    """:func:`verify` of the run in a folder, whatever is damaged there: files are checked without its settings.
 
     Raises:
         ConfigError: `sample` is negative.
         GradPursuitError: the model cannot be read.
     """
-    if sample < 0:
-        raise ConfigError(f"--sample {sample}: the number of rows to compute again cannot be negative")
-    found = {stage.name: _look_at(run, stage) for stage in STAGES}
-    problems = [problem for lines, _ in found.values() for problem in lines]
-    outdated = [line for _, lines in found.values() for line in lines]
-    sound: list[Split] = []
-    if not any((*found["data"], *found["trajectory"], found["gradients"][1])):
+    _refuse_negative(sample)
+    folder = folder.expanduser().resolve()
+    try:
+        run = Run(read_config(folder / "config.yaml", list(overrides), str(folder)))
+    except GradPursuitError as error:
+        found = check_files(folder)
+        known = any(line.startswith((f"{folder / 'config.yaml'}: ", str(error))) for line in found.problems)
+        problems = found.problems if known else [*found.problems, str(error)]
+        return Verification(_once(problems), [], [], found.unexpected)
+    return verify(run, sample)
+
+
+def verify(run: Run, sample: int = 8) -> Verification:
+    """Check every file that a run wrote, find missing rows, and compute `sample` rows of every split again, one by one.
+
+    Nothing is written. What is damaged is not computed again, nor is anything when data or trajectory are.
+
+    Raises:
+        ConfigError: `sample` is negative.
+        GradPursuitError: the model cannot be read.
+    """
+    _refuse_negative(sample)
+    problems, outdated, sound, checked = list[str](), list[str](), list[Split](), set[Path]()
+    try:
+        if changed := damaged_inputs(run, missing=True):
+            problems.append(input_message(run, changed))
+        stages = {stage.name: _look_at(run, stage) for stage in STAGES}
+        whole = not any(run.manifest.changed(name) for name in ("data", "trajectory"))
+    except DamagedError as error:  # the manifest: what the run holds is not known
+        files = check_files(run.folder)
+        return Verification(_once([*files.problems, str(error)]), [], [], files.unexpected)
+    problems += [line for lines, _ in stages.values() for line in lines]
+    outdated += [line for _, lines in stages.values() for line in lines]
+    if whole and not any((*stages["data"], *stages["trajectory"], stages["gradients"][1])):
         for split, again in _splits(run, problems, outdated):
             damaged = store_problems(run, split)
+            checked |= {split.folder / kind.label for kind in split.kinds}
             problems += [f"{problem}; run `{again}`" for problem in damaged]
             if split.kinds and not damaged:
                 sound.append(split)
-    checks = _recompute(run, sound, sample, problems) if sound and sample else []
+    files = check_files(run.folder, checked)
+    problems += files.problems
+    try:
+        checks = _recompute(run, sound, sample, problems) if sound and sample else []
+    except TrajectoryError as error:
+        problems, checks = [*problems, str(error)], []
     allowed = ROUNDED if run.compute.autocast else EXACT
     for check in checks:
         if not check.worst.lost <= allowed + STORED[check.dtype]:
@@ -95,22 +129,34 @@ def verify(run: Run, sample: int = 8) -> Verification:
                 f"differently: 1 - cos = {check.worst.lost:.1e}, allowed {allowed + STORED[check.dtype]:.1e}; "
                 "collect the gradients again"
             )
-    return Verification(list(dict.fromkeys(problems)), checks, outdated)
+    return Verification(_once(problems), checks, outdated, files.unexpected)
+
+
+def _refuse_negative(sample: int) -> None:
+    if sample < 0:
+        raise ConfigError(f"--sample {sample}: the number of rows to compute again cannot be negative")
+
+
+def _once(problems: Sequence[str]) -> list[str]:
+    """Each problem once; a manifest that is damaged is named once."""
+    found: dict[str, str] = {}
+    for problem in problems:
+        place = problem.partition(": ")[0]
+        found.setdefault(place if place.endswith("manifest.json") else problem, problem)
+    return list(found.values())
 
 
 def _look_at(run: Run, stage: Stage) -> tuple[list[str], list[str]]:
-    """What is wrong with a stage or its files, and whether it is outdated; neither if it is complete and whole."""
+    """Whether a stage is not finished, or outdated; neither if it is complete. Its files were checked before."""
     try:
-        state = run.manifest.state(stage.name, run.fingerprint(stage.name))
+        state = run.manifest.state(stage.name, run.fingerprint(stage.name), quick=True)
+    except DamagedError:
+        raise
     except GradPursuitError as error:
         return [str(error)], []
-    again = f"run `gradpursuit {stage.verb} {run.folder}`"
-    if state == "damaged":
-        changed = [run.folder / name for name in run.manifest.changed(stage.name)]
-        return [f"{path}: missing, or not what '{stage.name}' wrote; {again}" for path in changed], []
-    if state == "complete":
+    if state in ("complete", "damaged"):
         return [], []
-    told = [f"{run.folder}: stage '{stage.name}' is {state}; {again}"]
+    told = [f"{run.folder}: stage '{stage.name}' is {state}; run `gradpursuit {stage.verb} {run.folder}`"]
     return ([], told) if state == "outdated" else (told, [])
 
 
@@ -125,6 +171,8 @@ def _splits(run: Run, problems: list[str], outdated: list[str]) -> Iterator[tupl
     for target in targets(run):
         try:
             if trouble := target.trouble():
+                if target.state() == "damaged":
+                    continue  # its files were named before
                 (outdated if target.state() == "outdated" else problems).append(f"target '{target.name}' {trouble}")
                 continue
             table = Table.read(target.folder / "data" / "target.parquet")

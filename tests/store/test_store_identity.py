@@ -47,7 +47,7 @@ MADE = replace(SPEC, origin=ORIGIN)
         ("dim", 8192, "dim is 6, expected 8192"),
         ("dtype", "int8", 'dtype is "float32", expected "int8"'),
         ("shard_rows", 4, "shard_rows is 3, expected 4"),
-        ("version", 2, "version is 1, expected 2"),
+        ("version", 3, "version is 2, expected 3"),
         ("ids", [*SPEC.ids[:-1], "other"], r"ids\[6\] is \"id-6\", expected \"other\""),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gradpursuit.errors import GradPursuitError, RunError, StoreError
+from gradpursuit.files import write_json
 from gradpursuit.store import DTYPES, GradientStore
 from gradpursuit.store.encoding import encode
 from stores import SPEC, filled, shard
@@ -186,26 +187,44 @@ def test_open_without_a_store(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("dim", 7, "changed by hand"),
-        ("shard_rows", 2, "changed by hand"),
-        ("dtype", "float16", "changed by hand"),
-        ("dtype", "float7", "changed by hand"),
-        ("rows", 8, "changed by hand"),
-        ("ids", ["a"], "changed by hand"),
-        ("ids", 5, "changed by hand"),
-        ("origin", {"model": {"a": 3}}, "changed by hand"),
-        ("origin", 3, "changed by hand"),
-        ("origin", {"dim": 3}, "changed by hand"),
-        ("fingerprint", "0" * 64, "changed by hand"),
-        ("version", 2, "version 2, this program reads 1"),
+        ("dim", 7, "do not match its fingerprint"),
+        ("shard_rows", 2, "do not match its fingerprint"),
+        ("dtype", "float16", "do not match its fingerprint"),
+        ("dtype", "float7", "do not match its fingerprint"),
+        ("rows", 8, "do not match its fingerprint"),
+        ("ids", ["a"], "do not match its fingerprint"),
+        ("ids", 5, "do not match its fingerprint"),
+        ("origin", {"model": {"a": 3}}, "do not match its fingerprint"),
+        ("origin", 3, "do not match its fingerprint"),
+        ("origin", {"dim": 3}, "do not match its fingerprint"),
+        ("fingerprint", "0" * 64, "do not match its fingerprint"),
+        ("version", 3, "version 3, this one reads 2"),
     ],
 )
 def test_manifest_edited_by_hand(tmp_path: Path, key: str, value: Any, message: str) -> None:
     filled(tmp_path / "s")
     manifest = tmp_path / "s/manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
+    write_json(manifest, {**json.loads(manifest.read_text()), key: value})
     with pytest.raises(StoreError, match=message):
         GradientStore.open(tmp_path / "s")
+
+
+def test_any_other_text_of_a_manifest_is_refused(tmp_path: Path) -> None:
+    filled(tmp_path / "s")
+    manifest = tmp_path / "s/manifest.json"
+    text = manifest.read_text()
+    for changed in (text.replace("\n", "\n "), text[:-1], text.replace(",", " ,", 1)):
+        manifest.write_text(changed)
+        with pytest.raises(StoreError, match="do not match its fingerprint"):
+            GradientStore.open(tmp_path / "s")
+
+
+def test_a_shard_of_another_checkpoint_is_refused(tmp_path: Path) -> None:
+    store = filled(tmp_path / "s")
+    store.path(0, 0).write_bytes(store.path(1, 0).read_bytes())
+    with pytest.raises(StoreError, match="it holds checkpoint 2, not 1"):
+        store.read(0, 0)
+    assert ["it holds checkpoint 2, not 1" in problem.reason for problem in store.verify()] == [True]
 
 
 @pytest.mark.parametrize("key", ["ids", "checkpoints", "origin", "fingerprint", "dim"])

@@ -51,22 +51,28 @@ class Journal:
     """The results of a run, by training and scored rows.
 
     Lines that are torn (the process was killed) or changed are passed over with one warning, and what they held is
-    computed again where it is asked for.
+    computed again where it is asked for. `broken` are the numbers of these lines, from 1; `quiet` leaves the warning
+    to whoever uses what is missing.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, quiet: bool = False) -> None:
         self._path = path
         self._found: dict[tuple[str, str], Result] = {}
-        broken = []
+        self.broken: list[int] = []
         for number, line in enumerate(read_lines(path), 1):
             result = _parsed(line)
             if result is None:
-                broken.append(number)
+                self.broken.append(number)
             else:
                 self._found[result.training, result.scored] = result
-        if broken:
-            more = f" and {len(broken) - 1} more lines" if len(broken) > 1 else ""
-            logger.warning("%s:%d%s: torn or changed, passed over", path, broken[0], more)
+        if self.broken and not quiet:
+            more = f" and {len(self.broken) - 1} more lines" if len(self.broken) > 1 else ""
+            logger.warning("%s:%d%s: torn or changed, passed over", path, self.broken[0], more)
+
+    @property
+    def results(self) -> dict[tuple[str, str], Result]:
+        """All of them, by training and scored rows."""
+        return dict(self._found)
 
     def get(self, training: str, scored: str, *, accuracy: bool = False) -> Result | None:
         """What is known of a training on these rows; with `accuracy` only a result that has it."""
@@ -80,7 +86,7 @@ class Journal:
             RunError: the disk is full, or the file cannot be written.
         """
         text = json.dumps(asdict(result), ensure_ascii=False, allow_nan=False)
-        line = json.dumps({"sha256": _digest(text), "result": asdict(result)}, ensure_ascii=False, allow_nan=False)
+        line = _line(text, asdict(result))
         try:
             durable.make_folder(self._path.parent)
             new = not self._path.exists()
@@ -123,9 +129,13 @@ def _parsed(line: str) -> Result | None:
         value = json.loads(line)
         result = Result(**value["result"])
         text = json.dumps(value["result"], ensure_ascii=False, allow_nan=False)
-        return result if value["sha256"] == _digest(text) else None
-    except (ValueError, KeyError, TypeError):
+        return result if line == _line(text, value["result"]) else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
+
+
+def _line(text: str, result: dict[str, Any]) -> str:
+    return json.dumps({"sha256": _digest(text), "result": result}, ensure_ascii=False, allow_nan=False)
 
 
 def _digest(text: str) -> str:

@@ -27,5 +27,5 @@ def require(run: Run, stage: str) -> None:
         AbsentError: it is not.
     """
     if lacking := run.missing(stage):
-        why = f"'{lacking.name}' is not complete for this configuration"
+        why = run.damage(lacking) or f"'{lacking.name}' is not complete for this configuration"
         raise AbsentError(why, f"gradpursuit {lacking.verb} {run.folder}")

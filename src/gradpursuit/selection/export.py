@@ -13,11 +13,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gradpursuit.data import Row, Table
-from gradpursuit.errors import RunError
-from gradpursuit.files import read_json, write_atomic, write_json
+from gradpursuit.errors import DamagedError, RunError
+from gradpursuit.files import read_json, sha256_of, write_atomic, write_json
+from gradpursuit.sealed import digest_now, read_sealed, write_sealed
 from gradpursuit.selection.base import Selection
 from gradpursuit.sources import short_names
 
+FILES = ("selection.parquet", "path.parquet", "path.json")
+CHECKSUMS = "checksums.json"
 _PLACES = [("draw", pa.int64()), ("rank", pa.int64()), ("index", pa.int64())]
 _WEIGHTS = [("weight", pa.float64()), ("layer", pa.int64())]
 _CHOSEN = pa.schema([*_PLACES, ("id", pa.string()), ("hash", pa.string()), *_WEIGHTS])
@@ -28,7 +31,8 @@ def write_selection(folder: Path, draws: list[Selection], pool: Table) -> None:
     """Write `selection.parquet` (draw, rank, id, hash, index, weight, layer), the smaller budgets, and the evidence.
 
     The smaller budgets go to `path.parquet` (draw, subset, rank, index, weight, layer; subsets from the smallest on),
-    the evidence to `path.json`, which is written last: a folder that has it is complete.
+    the evidence to `path.json`. The sha256 of these three go to `checksums.json`, which is written last: a folder that
+    has it is complete.
     """
     chosen = [{"draw": draw, **line} for draw, selection in enumerate(draws) for line in _lines(selection)]
     for line in chosen:
@@ -44,6 +48,16 @@ def write_selection(folder: Path, draws: list[Selection], pool: Table) -> None:
         with write_atomic(folder / f"{name}.parquet") as file:
             pq.write_table(pa.Table.from_pylist(lines, schema=schema), file)
     write_json(folder / "path.json", [selection.evidence for selection in draws])
+    write_sealed(folder / CHECKSUMS, {"files": {name: sha256_of(folder / name) for name in FILES}})
+
+
+def selection_damage(folder: Path) -> Path | None:
+    """The first file of a selection that is missing, or is not what :func:`write_selection` wrote; None: all are."""
+    try:
+        known = read_sealed(folder / CHECKSUMS)["files"]
+    except RunError:
+        return folder / CHECKSUMS
+    return next((folder / name for name in FILES if digest_now(folder / name) != known[name]), None)
 
 
 def _lines(selection: Selection) -> list[dict[str, Any]]:
@@ -58,8 +72,11 @@ def read_selection(folder: Path, pool: Table) -> list[Selection]:
     """What :func:`write_selection` wrote, one per draw.
 
     Raises:
-        RunError: it is missing, or its ids are not those of the pool.
+        DamagedError: a file of it is missing, or is not what was written.
+        RunError: its ids are not those of the pool.
     """
+    if damaged := selection_damage(folder):
+        raise DamagedError(damaged, "missing, or not what was written", "run the selection again")
     chosen, kept = _columns(folder / "selection.parquet"), _columns(folder / "path.parquet")
     evidence = read_json(folder / "path.json")
     ids = pool.ids

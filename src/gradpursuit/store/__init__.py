@@ -1,4 +1,4 @@
-"""The gradient store: shards, manifest, integrity, memory-mapped reads (format version 1)."""
+"""The gradient store: shards, manifest, integrity, memory-mapped reads (format version 2)."""
 
 from gradpursuit.store.encoding import DTYPES, Block
 from gradpursuit.store.folder import ShardFolder, ShardState

@@ -89,7 +89,7 @@ class ShardFolder:
 
     def rewrite(self, checkpoint: int, shard: int, content: Shard) -> None:
         """Write one shard whose features are encoded already, atomically."""
-        write_shard(self.path(checkpoint, shard), content, self.fingerprint, self.parts)
+        write_shard(self.path(checkpoint, shard), content, self.fingerprint, self.parts, checkpoint)
 
     def read(self, checkpoint: int, shard: int, *, verify: bool = False) -> Shard:
         """One shard, its features and scale as stored: memory-mapped on a disk, in memory from elsewhere.
@@ -98,7 +98,7 @@ class ShardFolder:
             StoreError: it is missing, broken or foreign.
         """
         path = self.path(checkpoint, shard)
-        content = read_shard(path, self.fingerprint, self.parts, verify=verify)
+        content = read_shard(path, self.fingerprint, self.parts, checkpoint, verify=verify)
         self._check(checkpoint, shard, content)
         self._check_features(checkpoint, shard, content, DTYPES[self.dtype])
         if (content.scale is None) == (self.dtype in SCALED):
@@ -111,7 +111,7 @@ class ShardFolder:
         Raises:
             StoreError: it is missing, broken or foreign.
         """
-        content = read_columns(self.path(checkpoint, shard), self.fingerprint, self.parts)
+        content = read_columns(self.path(checkpoint, shard), self.fingerprint, self.parts, checkpoint)
         self._check(checkpoint, shard, content)
         return content
 

@@ -4,9 +4,10 @@ Tensors: `features [n, d]` (F32, F16, BF16 or I8) with `scale [n]` float32 where
 `gradpursuit.store.encoding`), `norm [n]` float32 (of the feature before projection), `loss [n]` float32,
 `tokens [n]` int32 (supervised), `row [n]` int64 (index into the ids of the manifest, ascending).
 
-The header carries the `fingerprint` of the store, its `parts` (JSON, without the ids), the rows that were `dropped`
-(JSON, index to reason), and `sha256`: of the header without it, followed by the payload. Its keys are sorted and
-nothing stands between them, so that equal content means equal bytes and no bit of a file can change unnoticed.
+The header carries the `fingerprint` of the store, its `parts` (JSON, without the ids), the `checkpoint` (from 1), the
+rows that were `dropped` (JSON, index to reason), and `sha256`: of the header without it, followed by the payload. Its
+keys are sorted and nothing stands between them, so that equal content means equal bytes and no bit of a file can change
+unnoticed.
 """
 
 from __future__ import annotations
@@ -110,8 +111,10 @@ class Shard:
         return replace(self, **arrays, scale=scale, dropped={**self.dropped, **gone})
 
 
-def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Write `shard`, whose features are encoded already, atomically; equal content gives equal bytes.
+def write_shard(
+    path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), checkpoint: int = 0
+) -> None:
+    """Write `shard` of a checkpoint (from 0), its features encoded already, atomically; equal content, equal bytes.
 
     Raises:
         RunError: the disk is full, or the folder cannot be written.
@@ -121,6 +124,7 @@ def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, 
         tensors["scale"] = np.ascontiguousarray(shard.scale)
     metadata = {
         "fingerprint": fingerprint,
+        "checkpoint": str(checkpoint + 1),
         "parts": _canonical(dict(parts)).decode(),
         "dropped": _canonical({str(row): shard.dropped[row] for row in sorted(shard.dropped)}).decode(),
     }
@@ -133,13 +137,21 @@ def write_shard(path: Path, shard: Shard, fingerprint: str, parts: Mapping[str, 
         out.writelines((struct.pack("<Q", len(text)), text, payload))
 
 
-def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), *, verify: bool) -> Shard:
+def read_shard(
+    path: Path,
+    fingerprint: str,
+    parts: Mapping[str, Any] = MappingProxyType({}),
+    checkpoint: int = 0,
+    *,
+    verify: bool,
+) -> Shard:
     """Memory-map a shard; of one that does not lie on a disk features are fetched when they are used.
 
     Args:
         path: the file.
         fingerprint: what its header must carry.
         parts: what the fingerprint stands for, to say how a foreign shard differs.
+        checkpoint: whose rows it must hold, from 0.
         verify: read all bytes, into memory where they do not lie on a disk, and compare their sha256 with the header's.
 
     Raises:
@@ -153,11 +165,13 @@ def read_shard(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingP
         scale = file.array("scale") if "scale" in file.header else None
         columns = {name: file.array(name) for name in COLUMNS}
         shard = Shard(file.features(), **columns, dropped=file.dropped(), scale=scale)
-        file.require(fingerprint, parts)
+        file.require(fingerprint, parts, checkpoint)
         return shard
 
 
-def read_columns(path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({})) -> Columns:
+def read_columns(
+    path: Path, fingerprint: str, parts: Mapping[str, Any] = MappingProxyType({}), checkpoint: int = 0
+) -> Columns:
     """What a shard says of its rows, without its features: a few bytes a row are read.
 
     Raises: as :func:`read_shard`.
@@ -166,7 +180,7 @@ def read_columns(path: Path, fingerprint: str, parts: Mapping[str, Any] = Mappin
         file = _Opened(path)
         columns = {name: file.array(name) for name in COLUMNS}
         found = Columns(**columns, dropped=file.dropped())
-        file.require(fingerprint, parts)
+        file.require(fingerprint, parts, checkpoint)
         return found
 
 
@@ -228,12 +242,14 @@ class _Opened:
         found = json.loads(self.header["__metadata__"]["dropped"])
         return {int(row): str(reason) for row, reason in found.items()}
 
-    def require(self, fingerprint: str, parts: Mapping[str, Any]) -> None:
-        """Refuse a shard of another store."""
+    def require(self, fingerprint: str, parts: Mapping[str, Any], checkpoint: int) -> None:
+        """Refuse a shard of another store, or of another checkpoint."""
         metadata = self.header["__metadata__"]
         found = json.loads(metadata["parts"])
         if metadata["fingerprint"] != fingerprint:
             raise ShardError(self._path, f"it was made with other settings than its store ({_first(found, parts)})")
+        if metadata["checkpoint"] != str(checkpoint + 1):
+            raise ShardError(self._path, f"it holds checkpoint {metadata['checkpoint']}, not {checkpoint + 1}")
 
 
 def _first(found: Any, expected: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from gradpursuit.errors import StoreError
 from gradpursuit.store.encoding import DTYPES, SCALED
 
-VERSION = 1
+VERSION = 2  # 1 did not say in a shard which checkpoint it holds
 _SHOWN = 48  # characters of a value in a message
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from gradpursuit import aside, durable
 from gradpursuit.errors import RunError, StoreError
-from gradpursuit.files import exists, read_json, require_space, write_json
+from gradpursuit.files import exists, require_space, stored_bytes, write_json
 from gradpursuit.remote import is_remote
 from gradpursuit.store.encoding import Block
 from gradpursuit.store.folder import ShardFolder, ShardState
@@ -72,7 +72,7 @@ class GradientStore:
             part.unlink()
         if exists(manifest):
             try:
-                present = _read_spec(manifest)
+                present = read_spec(manifest)
             except (StoreError, RunError) as error:
                 logger.warning("%s; it is written again, and the shards that fit it are kept", error)
             else:
@@ -107,7 +107,7 @@ class GradientStore:
         """
         if not exists(folder / "manifest.json"):
             raise StoreError(f"{folder}: no gradient store; collect the gradients first")
-        spec = _read_spec(folder / "manifest.json")
+        spec = read_spec(folder / "manifest.json")
         if expected is not None:
             wanted = _plain(expected)
             found = {name: part for name, part in spec.parts().items() if name in wanted}
@@ -121,6 +121,10 @@ class GradientStore:
     def path(self, checkpoint: int, shard: int) -> Path:
         """Where shard `shard` of checkpoint `checkpoint` (both from 0) lies."""
         return self.shards.path(checkpoint, shard)
+
+    def paths(self) -> list[Path]:
+        """Where all its shards lie."""
+        return [self.path(t, s) for t, s in self._places()]
 
     def state(self, checkpoint: int, shard: int) -> ShardState:
         """As :meth:`ShardFolder.state`."""
@@ -266,7 +270,7 @@ def _replace(folder: Path, present: GradientStore, wanted: str) -> bool:
         logger.warning("%s: kept there until you delete it", old)
     durable.discard(folder)
     try:
-        same = _read_spec(begun / "manifest.json").fingerprint == wanted
+        same = read_spec(begun / "manifest.json").fingerprint == wanted
     except (StoreError, RunError):
         same = False
     if same:
@@ -274,28 +278,49 @@ def _replace(folder: Path, present: GradientStore, wanted: str) -> bool:
     return same
 
 
-def _read_spec(manifest: Path) -> StoreSpec:
+def read_spec(manifest: Path) -> StoreSpec:
     """The spec that a manifest holds, if it matches its fingerprint.
 
     Raises:
         RunError: it cannot be read, or is not JSON.
         StoreError: it is of another version, lacks a key, or was changed.
     """
-    value = read_json(manifest)
+    value, text = _parsed(manifest)
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:
-        raise StoreError(f"{manifest}: version {version!r}, this program reads {VERSION}")
+        raise StoreError(
+            f"{manifest}: damaged, or of another version of gradpursuit: version {str(version)[:20]}, this one reads "
+            f"{VERSION}; collect the gradients again"
+        )
     names = ("checkpoints", "dim", "dtype", "shard_rows", "origin")
     try:
         spec = StoreSpec(ids=tuple(value["ids"]), **{name: value[name] for name in names})
         intact = {**spec.to_json(), "fingerprint": spec.fingerprint} == {**value, "fingerprint": value["fingerprint"]}
+        intact = intact and text == json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     except KeyError as error:
         raise StoreError(f"{manifest}: {error} is missing; collect the gradients again") from None
-    except (TypeError, AttributeError, StoreError):
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError, StoreError):
         intact = False
     if not intact:
-        raise StoreError(f"{manifest}: was changed by hand; collect the gradients again")
+        raise StoreError(
+            f"{manifest}: damaged: its contents do not match its fingerprint; collect the gradients again, whole "
+            "shards are kept"
+        )
     return spec
+
+
+def _parsed(manifest: Path) -> tuple[Any, str]:
+    """The JSON value and the text of a manifest, wherever it lies."""
+    if not is_remote(manifest) and not manifest.is_file():
+        raise StoreError(f"{manifest}: missing, or no plain file; collect the gradients again")
+    try:
+        text = bytes(stored_bytes(manifest)[:]).decode("utf-8")
+        return json.loads(text), text
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(
+            f"{manifest}: damaged: it is not the JSON that was written ({error}); collect the gradients again, whole "
+            "shards are kept"
+        ) from None
 
 
 def _plain(parts: Mapping[str, Any]) -> dict[str, Any]:
