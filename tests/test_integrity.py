@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -138,24 +137,6 @@ def test_two_files_that_changed_places_are_found(run: Path) -> None:
         problems = swapped(first, second)
         assert all(any(str(path) in line for line in problems) for path in (first, second)), first
         assert swapped(first, second) == []
-
-
-def test_the_command_that_makes_a_file_again_is_named_and_does(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, words in (
-        ("exports/k-3/gtp/README.md", ["export", str(run), "--k", "3"]),
-        ("selection/less/selected.jsonl", ["export", str(run)]),
-        ("report.html", ["report", str(run)]),
-        ("targets/other/data/target.parquet", ["target", "add", str(run), "--name", "other", "--file"]),
-    ):
-        path = run / name
-        path.write_bytes(b"x" + path.read_bytes()[1:])
-        code, told = said(["verify", str(run), "--sample", "0"], capsys)
-        (line,) = [line for line in told.splitlines() if str(path) in line]
-        assert code == 2
-        assert f"run `gradpursuit {' '.join(words)}" in line
-        again = shlex.split(line.partition("`gradpursuit ")[2].partition("`")[0])
-        assert main([*again, "--quiet"]) == 0
-    assert said(["verify", str(run), "--sample", "0"], capsys)[0] == 0
 
 
 def test_status_names_a_file_of_another_size(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
