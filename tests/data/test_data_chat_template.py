@@ -94,6 +94,22 @@ def test_special_tokens_of_a_template_are_written_once(base: Any, begin: str, en
     assert spoken == "because </s> so </s>"
 
 
+@pytest.mark.parametrize("end", ["", "<|im_end|>", " <|im_end|>\n"])
+def test_the_end_of_a_user_turn_is_written_once(base: Any, end: str) -> None:
+    chat = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|im_end|> ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    row = [user("\n<s>why" + end), assistant("because" + end)]
+    whole, spoken = words(base, Renderer(base, chat_template=chat)(row))
+    assert whole == "<s> <|user|> why <|im_end|> <|assistant|> because <|im_end|>"
+    assert spoken == "because <|im_end|>"
+    assert (
+        "<|user|> why </s> <|assistant|>"
+        in words(base, Renderer(base, chat_template=TURNS)([user("why</s>"), row[1]]))[0]
+    )
+
+
 @pytest.mark.parametrize("marks", [False, True])
 def test_the_role_mark_is_never_supervised(base: Any, marks: bool) -> None:
     """The prompt for an answer ends in <think>, which an answer need not have."""

@@ -299,6 +299,8 @@ def test_a_prompt_and_a_completion_of_two_kinds(prompt: Any, completion: Any) ->
         ({"conversation": [{"human": "q", "assistant": "a"}]}, "data.columns: {messages: conversation}"),
         ({"conversation": [{"system": "s", "input": "q", "output": "a"}]}, "data.columns: {messages: conversation}"),
         ({"prompt": {"text": "q", "replies": []}, "message_tree_id": "1"}, "'prompt' holds a tree of messages"),
+        ({"data": [{"prompt": "q", "completion": "a"}]}, "'data' is a list of objects: if these are the rows"),
+        ({"messages": str(list(QA))}, "write it with json.dumps"),
         ({"mapping": {"1": {"message": {}, "children": []}}}, "'mapping' holds a tree of messages"),
     ],
 )

@@ -199,6 +199,8 @@ def _advice(columns: Mapping[str, Any]) -> str:
     talks = [name for name, first in firsts.items() if isinstance(first, Mapping) and _is_turn(first)]
     if len(talks) == 1:
         return f"; '{talks[0]}' holds turns: data.columns: {_as_mapping({'messages': talks[0]})}"
+    if rows := [name for name, first in firsts.items() if isinstance(first, Mapping) and not talks]:
+        return f"; '{rows[0]}' is a list of objects: if these are the rows, save that list as the whole file"
     if strings := [name for name, first in firsts.items() if name in _TALKS and isinstance(first, str)]:
         return f"; '{strings[0]}' is a list of texts: make it a column messages, {{role, content}} each"
     if texts := [name for name in _TALKS if isinstance(columns.get(name), str)]:

@@ -225,7 +225,7 @@ class _Names:
             raise _SameIdError(
                 f"{made.path}:{line}: id '{name}' is already used at {self._files[place >> 48]}:"
                 f"{place & ((1 << 48) - 1)}; ids must be unique in a source: give the files of a source that number "
-                "their own rows no name, or a name each, or leave the 'id' column out"
+                "their own rows no name, or a name each, or set data.columns: {id: null} to ignore the ids"
             )
         self._own[key] = (len(self._files) - 1) << 48 | line
         if self._put(name):

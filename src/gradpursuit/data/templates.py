@@ -41,6 +41,7 @@ class _Form:
         role: the part of it with which an answer begins that has no reasoning.
         begin: the special token that it writes first; empty: none.
         end: the special token that it writes after an answer; empty: none.
+        closes: the same of a user turn.
     """
 
     source: str
@@ -49,6 +50,7 @@ class _Form:
     role: str = ""
     begin: str = ""
     end: str = ""
+    closes: str = ""
 
 
 class ChatTemplate:
@@ -125,7 +127,7 @@ class ChatTemplate:
 
     def _explored(self, form: _Form) -> _Form:
         """The form, with what it writes around an answer."""
-        user, answer = {"role": "user", "content": "x"}, "q0z"
+        user, answer = {"role": "user", "content": "x7z"}, "q0z"
         asked = Conversation((user,))
         answered = Conversation((user, {"role": "assistant", "content": answer}))
         try:
@@ -139,25 +141,29 @@ class ChatTemplate:
         role = _common(prompt, head[asking:]) if found else ""
         begin = str(self._tokenizer.bos_token or "")
         ends = [end for end in self._ends if found and tail.lstrip().startswith(end)]
+        after = without.rpartition("x7z")[2].lstrip()
+        closes = [end for end in self._ends if after.startswith(end)]
         return replace(
             form,
             prompt=prompt,
             role=role,
             begin=begin if begin and text.startswith(begin) else "",
             end=max(ends, key=len, default=""),
+            closes=max(closes, key=len, default=""),
         )
 
     def _once(self, conversation: Conversation, form: _Form) -> Conversation:
         """The conversation without the special tokens at its borders that the template writes itself."""
         made = [dict(message) for message in conversation.messages]
-        while form.begin and made and made[0]["content"].startswith(form.begin):
-            made[0]["content"] = made[0]["content"][len(form.begin) :]
+        while form.begin and made and made[0]["content"].lstrip().startswith(form.begin):
+            made[0]["content"] = made[0]["content"].lstrip()[len(form.begin) :]
         # The tokenizer's end token says the same as another one that the template writes.
         ends = tuple({form.end, str(self._tokenizer.eos_token or form.end)}) if form.end else ()
         for message in made if ends else ():
             said = message["content"].rstrip()
-            while message["role"] == "assistant" and said.endswith(ends):
-                end = max(filter(said.endswith, ends), key=len)
+            closed = ends if message["role"] == "assistant" else (form.closes,) if form.closes else ()
+            while closed and said.endswith(closed):
+                end = max(filter(said.endswith, closed), key=len)
                 said = message["content"] = said[: -len(end)].rstrip()
         return replace(conversation, messages=tuple(made))
 

@@ -77,7 +77,10 @@ class Turns:
         """
         value = parsed(value)
         if not isinstance(value, list) or not value:
-            raise DataError(f"{where}: expected a list of {names} objects, found {value!r:.80}")
+            python = (
+                "; this is how Python prints a list: write it with json.dumps" if str(value).startswith("[{'") else ""
+            )
+            raise DataError(f"{where}: expected a list of {names} objects, found {value!r:.80}{python}")
         turns = [parsed(turn) for turn in value]
         _refuse_branches(turns, where)
         for index, turn in enumerate(turns):
