@@ -168,7 +168,7 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
         (b'{"text": 5}', "'text' is int; expected text"),
         (b"{}", "columns found: none; expected"),
         (b'{"prompt": "q"}', "columns found: 'prompt'; expected"),
-        (b'{"prompt": "q", "completion": 5}', "'prompt' is str and 'completion' is int; expected strings or lists of messages"),
+        (b'{"prompt": "q", "completion": 5}', "'prompt' is str and 'completion' is int; expected strings or lists"),
         (b'{"prompt": "q", "completion": null}', "'completion' is null, so the row lacks a part"),
         (b'{"instruction": "q", "input": "", "output": null}', "'output' is null, so the row lacks a part"),
         (b'{"prompt": [], "completion": []}', "'prompt': expected a list of"),
