@@ -277,7 +277,22 @@ def test_a_column_that_excludes_a_part_of_the_row_is_refused(columns: dict[str, 
     assert "put train: false into such turns" in refused({"messages": list(QA), **columns})
 
 
-@pytest.mark.parametrize("name", ["title", "headline", "summary", "choices", "options", "systemInstruction", "target"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "title",
+        "ctxs",
+        "facts",
+        "steps",
+        "apis",
+        "headline",
+        "summary",
+        "choices",
+        "options",
+        "systemInstruction",
+        "target",
+    ],
+)
 def test_more_columns_that_may_belong_to_the_row_are_named(name: str) -> None:
     for row in ({"text": "Once"}, {"prompt": "q", "completion": "a"}):
         assert f"column '{name}' holds text and is not read" in notes({**row, name: ["A word"]})[0]

@@ -23,7 +23,9 @@ _SPOKEN = re.compile(
     r"images?|audios?|videos?|chosen|rejected|input|messages?|conversations?|prompt|completion|output|instructions?|"
     r"response|answer|dialog(?:ue)?|turns|title|subtitle|headline|heading|subject|summary|abstract|tldr|choices?|"
     r"options?|hints?|captions?|questions?|query|solutions?|targets?|translations?|explanation|critique|feedback|"
-    r"schema|table|replies)(?:_|$)|_?(?:images?|audios?|videos?)$"
+    r"schema|table|replies|facts?|references?|source_text|chunks?|retrieved|retrieval|ctxs?|content|body|story|post|"
+    r"comments?|description|scenario|character|profile|constraints?|plan|steps|reflections?|analysis|monologue|"
+    r"attachments?|apis?|starter_code|equations?)(?:_|$)|_?(?:images?|audios?|videos?)$"
 )
 _OF_THE_MASK = (
     "weight", "train", "trainable", "loss_mask", "loss_masks", "mask", "masks", "loss_weight", "masked", "weights",

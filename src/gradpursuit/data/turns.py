@@ -43,9 +43,20 @@ _ROLES = {
 # 1 or true: the turn is learned. 0 or false: it is context.
 _TRAIN = (
     *("weight", "train", "training", "trainable", "is_trainable", "do_train", "learn"),
-    *("loss", "loss_mask", "loss_weight", "supervised"),
+    *("trained", "is_train", "learnable", "train_on", "train_on_turn", "train_mask", "include_in_loss"),
+    *("loss", "loss_mask", "loss_weight", "loss_scale", "loss_multiplier", "loss_flag", "has_loss", "with_loss"),
+    *("use_loss", "enable_loss", "compute_loss", "calculate_loss", "assistant_mask", "supervised", "supervise"),
 )
-_MASKED = ("masked", "is_masked", "ignore_loss", "mask_loss")  # the other way round
+_MASKED = (
+    "masked",
+    "is_masked",
+    "ignored",
+    "ignore_loss",
+    "mask_loss",
+    "no_loss",
+    "skip_loss",
+    "do_not_train",
+)  # the other way round
 _UNCLEAR = ("mask", "ignore")  # means either, depending on the library
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _PARENTS = ("parent", "parent_id", "parentId")
