@@ -37,6 +37,11 @@ def unfinished(place: Path) -> Path:
     return place.with_name(f".{place.name}.gradpursuit-unfinished")
 
 
+def is_waiting(path: Path) -> bool:
+    """Whether a path lies in what was set aside, or in what is not whole yet: neither is work of the run."""
+    return any(".gradpursuit-" in name or durable.is_part(Path(name)) for name in path.parts)
+
+
 def _swapped(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.gradpursuit-swap")
 

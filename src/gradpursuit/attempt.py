@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.aside import replacing
+from gradpursuit.aside import is_waiting, replacing
 from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import GradPursuitError, ModelError, RunError, is_out_of_memory
 from gradpursuit.files import write_text
@@ -59,6 +59,7 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
             raise
         return
     known = [name for entry in run.manifest.read()["stages"].values() for name in entry.get("outputs", {})]
+    known += [path.relative_to(run.folder).as_posix() for path in _made(run, stage)]  # shards are no outputs
     with replacing(run.folder, stage.name, [config, manifest], keep_unfinished=stage.keep == "always") as old:
         for place in emptied or ([] if stage.intact else run.paths(stage.owns)):
             old.set_aside(place, copy=not anew)
@@ -86,10 +87,13 @@ def _fill(run: Run, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> 
 
 def _outputs(run: Run, stage: Stage) -> list[Path]:
     """The files of a finished stage that are known by their sha256: all of its own, but shards, which know it."""
-    found = [path for folder in run.paths(stage.owns) for name in stage.made for path in folder.glob(name)]
-    if stage.intact:
-        found = [path for path in found if path.suffix != ".safetensors"]
+    found = [path for path in _made(run, stage) if not stage.intact or path.suffix != ".safetensors"]
     return sorted({path for path in [*found, *run.paths(stage.writes)] if path.is_file()})
+
+
+def _made(run: Run, stage: Stage) -> list[Path]:
+    found = [path for folder in run.paths(stage.owns) for name in stage.made for path in folder.glob(name)]
+    return [path for path in found if not is_waiting(path.relative_to(run.folder))]
 
 
 def _work(run: Run, stage: Stage) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gradpursuit import aside, durable, live, lock, marker
+from gradpursuit import aside, live, lock, marker
 from gradpursuit.errors import DamagedError, GradPursuitError, StoreError
 from gradpursuit.evaluation.journal import Journal
 from gradpursuit.export_stage import EXPORT_RECORD, export_damage
@@ -178,10 +178,5 @@ def _others(folder: Path, stages: dict[str, Any], known: set[Path]) -> Iterator[
             continue
         if stage and stages.get(stage, {}).get("state") != "complete":
             continue
-        if path not in known and part != "input" and not any(map(_is_temporary, path.relative_to(folder).parts)):
+        if path not in known and part != "input" and not aside.is_waiting(path.relative_to(folder)):
             yield path
-
-
-def _is_temporary(name: str) -> bool:
-    """Whether a name is one of what is not whole yet, or was set aside."""
-    return durable.is_part(Path(name)) or ".gradpursuit-" in name

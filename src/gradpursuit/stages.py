@@ -253,7 +253,7 @@ STAGES = (
         intact=gradients_intact,
         check=_check_collecting,
         plan=gradients_plan,
-        made=("dropped.jsonl", "*/*/manifest.json"),
+        made=("dropped.jsonl", "*/*/manifest.json", "*/*/*/shard-*.safetensors"),
     ),
     Stage(
         "selection",

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.aside import replacing
+from gradpursuit.aside import is_waiting, replacing
 from gradpursuit.config import OWN, SourceSection, target_name
 from gradpursuit.durable import discard, sync_tree
 from gradpursuit.errors import ConfigError, DamagedError, GradPursuitError, RunError
@@ -255,7 +255,8 @@ def _make(run: Run, target: Target, files: TargetFiles) -> None:
             continue
         start = time.monotonic()
         detail = work(run, target, files, fingerprints[stage])
-        outputs = sorted(path for path in (target.folder / stage).rglob("*") if path.is_file())
+        found = (target.folder / stage).rglob("*")
+        outputs = sorted(p for p in found if p.is_file() and not is_waiting(p.relative_to(target.folder)))
         target.manifest.complete(stage, time.monotonic() - start, detail, outputs)
 
 
