@@ -11,6 +11,8 @@ from gradpursuit.cli import main
 from gradpursuit.errors import RunError
 from gradpursuit.lock import RunLock
 from gradpursuit.marker import NAME, known_id, run_id
+from gradpursuit.opening import read_config
+from gradpursuit.sealed import sealed_text
 from jobs import Job
 
 
@@ -92,3 +94,13 @@ def test_a_file_of_the_users_with_the_name_of_ours_is_not_overwritten(
             path.parent.parent.rmdir()
     assert not (job.run_dir / "manifest.json").exists()
     assert json.loads((job.run_dir / NAME).read_text())["gradpursuit"] == "run"
+
+
+def test_the_settings_of_a_copied_run_name_the_copy(tmp_path: Path) -> None:
+    """Even if its manifest is lost: `run_dir` in them is the run that it was copied from."""
+    text = f"model: {{path: m}}\ndata: {{pool: p.jsonl, target: t.jsonl}}\nrun_dir: {tmp_path / 'first'}\n"
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "config.yaml").write_text(sealed_text(text))
+    assert read_config(tmp_path / "copy" / "config.yaml", []).run_dir == str(tmp_path / "copy")
+    (tmp_path / "config.yaml").write_text(text)  # one of the user's
+    assert read_config(tmp_path / "config.yaml", []).run_dir == str(tmp_path / "first")

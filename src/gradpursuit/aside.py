@@ -164,7 +164,8 @@ def recover(root: Path, *, keep_unfinished: bool = True) -> None:
         value = _read(root / OPEN)
         value["keep_unfinished"] = keep_unfinished and value.get("keep_unfinished", False)
         _undo(root, value)
-        logger.warning("%s: '%s' was not made again to its end; what it was before is back", root, value["what"])
+        if value["places"]:
+            logger.warning("%s: '%s' was not made again to its end; what it was before is back", root, value["what"])
     if (root / DONE).is_file() and not (root / DONE).is_symlink():
         _finish(root, _read(root / DONE))
 

@@ -78,7 +78,9 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
         if run_dir is None or Path(run_dir).resolve() == path.parent.resolve():
             Manifest(path.parent).read()
         _refuse_changed(path)
-    if run_dir is None and (path.parent / "manifest.json").is_file():
+    # Without a manifest, too: run_dir in the settings of a copy names another run.
+    of_a_run = any((path.parent / name).is_file() for name in ("manifest.json", marker.NAME))
+    if run_dir is None and (of_a_run or (path.name == "config.yaml" and is_sealed_text(path))):
         run_dir = str(path.parent)
     if run_dir is not None:
         overrides = [*overrides, f"run_dir={json.dumps(run_dir)}"]  # a text, whatever YAML would take it for

@@ -231,7 +231,9 @@ class SelectionSection(Section):
     @model_validator(mode="after")
     def _one_budget(self) -> SelectionSection:
         if self.k is not None and self.fraction is not None:
-            raise ValueError("k and fraction are both given: give one of them")
+            raise ValueError(
+                "k and fraction are both given: give one of them, and null for the other (--selection.fraction null)"
+            )
         if len(set(self.strategies)) != len(self.strategies):
             raise ValueError("a strategy is listed twice")
         return self
