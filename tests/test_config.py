@@ -290,8 +290,8 @@ def test_budgets_and_checkpoints(tmp_path: Path) -> None:
 def test_both_budgets(tmp_path: Path) -> None:
     text = message(tmp_path, MINIMAL, "selection.k=3", "selection.fraction=0.1")
     assert text == (
-        "--selection.k, --selection.fraction: 'selection': k and fraction are both given: give one of them, and null for "
-        "the other, as in --selection.fraction null"
+        "--selection.k, --selection.fraction: 'selection': k and fraction are both given: give one of them, and null "
+        "for the other, as in --selection.fraction null"
     )
 
 

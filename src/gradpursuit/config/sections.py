@@ -232,7 +232,8 @@ class SelectionSection(Section):
     def _one_budget(self) -> SelectionSection:
         if self.k is not None and self.fraction is not None:
             raise ValueError(
-                "k and fraction are both given: give one of them, and null for the other (--selection.fraction null)"
+                "k and fraction are both given: give one of them, and null for the other, as in "
+                "--selection.fraction null"
             )
         if len(set(self.strategies)) != len(self.strategies):
             raise ValueError("a strategy is listed twice")
