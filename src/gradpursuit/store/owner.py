@@ -16,7 +16,7 @@ from typing import Any
 from gradpursuit import durable, marker
 from gradpursuit.errors import StoreError
 from gradpursuit.files import exists, read_json, write_json
-from gradpursuit.remote import is_remote, reaching
+from gradpursuit.remote import is_remote, reaching, require_reached
 
 NAME = "owner.json"
 _RUN = {"data", "trajectory", "selection", "evaluation", "exports", "targets", "input"}
@@ -114,6 +114,7 @@ def _refuse_foreign(store: Path) -> None:
 
 def _write_new(path: Path, value: dict[str, Any]) -> None:
     """Write a file unless there is one by now: of two runs that begin at once one is the owner."""
+    require_reached(path.parent)
     if is_remote(path):
         write_json(path, value)
         return
