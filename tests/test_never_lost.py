@@ -177,7 +177,7 @@ def test_a_second_process_is_refused_and_told_of_the_first(server: Server, warm:
 
 
 def test_a_file_size_limit_is_one_message_and_finished_work_is_kept(server: Server, warm: Path, folder: Path) -> None:
-    command = server.start(["collect", str(folder)], folder.parent / "printed.txt", largest_file=8000)
+    command = server.start(["collect", str(folder)], folder.parent / "printed.txt", largest_file=9000)
     code, printed = command.wait()
     assert code == 2
     assert printed.count("error: ") == 1
