@@ -113,5 +113,5 @@ def test_shards_that_were_begun_are_not_computed_again(server: Server, run: Path
     code, printed = server.start(arguments, tmp_path / "again.txt").wait()
     assert code == 0, printed
     assert {path.stat().st_ino for path in (run / "gradients").rglob("checkpoint-*/*.safetensors")} == begun
-    assert not list(run.rglob(".*.gradpursuit-*"))
+    assert not list((run / "gradients").rglob(".*.gradpursuit-*"))
     assert not (run / ".replaced.json").exists()

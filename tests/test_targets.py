@@ -341,7 +341,7 @@ def test_it_needs_the_gradients_of_the_run(run: Path, template: Job, capsys: pyt
     (run / "gradients/pool/adam-symmetric/checkpoint-1/shard-00002.safetensors").unlink()
     assert add(run, template, "other.jsonl") == 2
     message = capsys.readouterr().err
-    assert "`target add other` needs 'gradients', which is not complete for this configuration" in message
+    assert "shard-00002.safetensors: not there: rows 16-23 of checkpoint 1 are missing" in message
     assert f"run `gradpursuit collect {run}` first" in message
     assert not (run / "targets").exists()
 

@@ -180,5 +180,6 @@ def test_added_targets_are_verified_as_well(damaged: Path) -> None:
 def test_sample_sizes(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(damaged), "--sample", "0"]) == 0
     assert "computed again" not in capsys.readouterr().out
-    assert main(["verify", str(damaged), "--sample", "-3"]) == 2
-    assert "cannot be negative" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["verify", str(damaged), "--sample", "-3"])
+    assert "'-3' is not a whole number from 0" in capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_what_is_refused_before_the_first_step(fresh: Fresh, tiny_config: ModelS
     with pytest.raises(ConfigError, match="checkpoints = 0; at least one"):
         GradientTrajectoryCallback(tmp_path / "t", 0)
     (tmp_path / "used" / "checkpoint-3").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="already holds checkpoints; delete them"):
+    with pytest.raises(ConfigError, match="already holds checkpoints; move them away or give another folder"):
         run(fresh(), tmp_path / "used")
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 

@@ -182,7 +182,7 @@ def test_settings_of_other_kinds_or_broken(saved: Callable[..., Path]) -> None:
         (json.dumps({**whole, "peft_type": "LOHA"}), "peft_type is 'LOHA'; only LORA"),
         (json.dumps({**whole, "of_the_future": 3}), "of_the_future = 3 cannot be followed"),
         ("[]", "not the settings of an adapter"),
-        ("{", "cannot be read"),
+        ("{", "adapter_config.json: damaged, it is not the JSON that was written"),
     ):
         path.write_text(text)
         with pytest.raises(TrajectoryError, match=message):
