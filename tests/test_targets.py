@@ -197,7 +197,7 @@ def test_a_finished_run_needs_its_input_files_no_more(
     data = contents(run / "data")
     assert main(["warmup", str(run), "--data.max_tokens", "500"]) == 2
     message = capsys.readouterr().err
-    assert f"not there any more: {', '.join(elsewhere)}, but the data must be cleaned anew: put it back" in message
+    assert f"not there any more: {', '.join(elsewhere)}, but the data must be cleaned again: put it back" in message
     assert contents(run / "data") == data
     Path(elsewhere[0]).write_bytes(b'{"prompt": "a", "completion": "b"}\n')
     assert main(["select", str(run)]) == 2

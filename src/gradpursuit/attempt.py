@@ -39,7 +39,7 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
         )
         if state == "damaged" and not stage_damage(run, stage.name):
             reason = "a file of it is missing or has changed"  # its check has named each
-        mend = "what still fits is kept" if stage.keep == "always" else "it is made anew"
+        mend = "what still fits is kept" if stage.keep == "always" else "it is made again"
         logger.warning("%s: %s, %s", stage.name, reason, mend)
     anew = stage.keep == "never" or (stage.keep == "unfinished" and state != "unfinished")
     config, manifest = run.folder / "config.yaml", run.folder / "manifest.json"

@@ -85,7 +85,7 @@ def _check_inputs(run: Run) -> None:
     check_reach(run.config)
     if note := run.inputs.note("data"):
         raise DataError(
-            f"{note.partition(';')[0]}, but the data must be cleaned anew: put it back (or name its new place in "
+            f"{note.partition(';')[0]}, but the data must be cleaned again: put it back (or name its new place in "
             "data.pool, data.target, data.heldout), or go back to the settings that the data were cleaned with"
         )
 
