@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from gradpursuit.cli import _parse, main
+from gradpursuit.console import ended_as_by_ctrl_c
 from jobs import Job
 
 WORK = """
@@ -161,3 +164,16 @@ def test_secrets_in_commands_are_not_repeated(job: Job, capsys: pytest.CaptureFi
     for flag in ("--model.path", "--data.pool", "--gradients.store", "--run-dir", "--selection.target", "--no.thing"):
         assert main(["inspect", str(job.path), flag, "https://me:SECRETVALUE@host/x"]) == 2
         assert "SECRETVALUE" not in "".join(capsys.readouterr())
+
+
+def test_an_interruption_that_a_callback_swallows_comes_again() -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt  # as Ctrl-C does while numba's compiler calls back
+
+    hook, start = sys.unraisablehook, time.monotonic()
+    with ended_as_by_ctrl_c():
+        ctypes.CFUNCTYPE(None)(interrupted)()
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(20)
+    assert time.monotonic() - start < 10
+    assert sys.unraisablehook is hook

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
 
 
+AGAIN_S = 0.05  # after which an interruption that was lost is repeated
 _TOLD = "told"  # what was last told, among the things that are shown
 
 
@@ -243,14 +244,29 @@ def _log_file(folder: Path) -> logging.Handler:
 
 @contextmanager
 def ended_as_by_ctrl_c() -> Iterator[None]:
-    """SIGTERM, which schedulers send before they kill, interrupts the block as Ctrl-C does; in the main thread only."""
+    """SIGTERM, which schedulers send before they kill, interrupts the block as Ctrl-C does; neither gets lost.
+
+    In the main thread only.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before, hook = signal.signal(signal.SIGTERM, signal.default_int_handler), sys.unraisablehook
+
+    def again(lost: sys.UnraisableHookArgs) -> None:
+        # A compiler that calls back (numba's LLVM) and a finalizer cannot pass the interruption on; it comes once more.
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            repeat = threading.Timer(AGAIN_S, os.kill, (os.getpid(), signal.SIGINT))
+            repeat.daemon = True
+            repeat.start()
+        else:
+            hook(lost)
+
+    sys.unraisablehook = again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import ceil
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeGuard
 
@@ -172,7 +173,7 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed + (64 << 20):
         raise RunError(
-            f"{what} needs {needed / 2**20:,.0f} MiB under {folder}, where {free / 2**20:,.0f} MiB are free "
+            f"{what} needs {ceil(needed / 2**20):,} MiB under {folder}, where {free >> 20:,} MiB are free "
             "(64 MiB are kept in reserve); free some space or choose another folder"
         )
 

@@ -106,7 +106,8 @@ def verify(run: Run, sample: int = 8) -> Verification:
     except DamagedError as error:  # the manifest: what the run holds is not known
         files = check_files(run.folder)
         return Verification(_once([*files.problems, str(error)]), [], [], files.unexpected)
-    problems += [line for lines, _ in stages.values() for line in lines]
+    unfinished = [line for lines, _ in stages.values() for line in lines]
+    problems += unfinished[:1]  # those after it cannot be complete either
     outdated += [line for _, lines in stages.values() for line in lines]
     if whole and not any((*stages["data"], *stages["trajectory"], stages["gradients"][1])):
         for split, again in _splits(run, problems, outdated):
@@ -117,6 +118,11 @@ def verify(run: Run, sample: int = 8) -> Verification:
                 sound.append(split)
     files = check_files(run.folder, checked)
     problems += files.problems
+    if not whole and run.manifest.entry("gradients"):
+        problems.append(
+            f"{run.folder}: rows of the gradients were not looked for or computed again, as data or trajectory are "
+            f"damaged; when that is repaired, run `{shlex.join(['gradpursuit', 'verify', str(run.folder)])}` again"
+        )
     try:
         checks = _recompute(run, sound, sample, problems) if sound and sample else []
     except TrajectoryError as error:

@@ -51,7 +51,7 @@ class DSIR(Section):
 
     source: ClassVar[str] = "Xie, Santurkar, Ma, Liang, arXiv 2302.03169"
 
-    buckets: Whole = Field(10_000, ge=1, description="hash buckets of the word counts")
+    buckets: Whole = Field(10_000, ge=1, le=2**24, description="hash buckets of the word counts")
     smoothing: Literal["paper"] | Number | None = Field(
         None, description="a number above 0: added to every bucket of both bags; paper: as the authors; null: the prior"
     )

@@ -33,7 +33,7 @@ class KMeansQuality(Section):
     source: ClassVar[str] = "Yu, Chen, Ahmadian, Fadaee, arXiv 2409.11378 (kMQ)"
     stochastic: ClassVar[bool] = True
 
-    clusters: Whole | None = Field(None, ge=1, description="null: the square root of the number of pool rows")
+    clusters: Whole | None = Field(None, ge=1, le=2**20, description="null: the square root of the number of pool rows")
     quality: Literal["perplexity", "none"] = Field(
         "perplexity", description="one over the base model's perplexity, or the same for all (k-means-random)"
     )

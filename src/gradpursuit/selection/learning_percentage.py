@@ -38,7 +38,10 @@ class LearningPercentage(KeepSection):
     )
 
     clusters: Whole | None = Field(
-        None, ge=1, description="choose inside so many clusters of the pool, as the authors do; null: among all rows"
+        None,
+        ge=1,
+        le=2**20,
+        description="choose inside so many clusters of the pool, as the authors do; null: among all rows",
     )
 
     def needs(self, settings: Settings) -> Needs:

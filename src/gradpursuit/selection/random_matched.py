@@ -30,7 +30,7 @@ class RandomMatched(Section):
 
     like: str = Field("gtp", description="the strategy whose choice is matched")
     column: str | None = Field(None, description="column of the pool that names the source; null: the file")
-    bins: Whole = Field(4, ge=1, description="bins of total length, and of answer length")
+    bins: Whole = Field(4, ge=1, le=1024, description="bins of total length, and of answer length")
 
     def needs(self, settings: Settings) -> Needs:
         """What the other strategy needs."""
