@@ -35,14 +35,15 @@ class Marked:
 
     Args:
         conversation: to be marked.
-        text: what the template made of it without marks.
+        template: the source of the chat template.
 
     Attributes:
         conversation: with the marks.
     """
 
-    def __init__(self, conversation: Conversation, text: str) -> None:
-        self._mark, folded = "q", text.casefold()
+    def __init__(self, conversation: Conversation, template: str) -> None:
+        # A mark must not be in what the template writes of itself, nor in what it is given.
+        self._mark, folded = "q", f"{template}{conversation.messages}{conversation.tools}".casefold()
         while self._mark + "0" in folded:
             self._mark += "q"
         self._parts: list[Part] = []

@@ -32,7 +32,7 @@ from gradpursuit.data.lengths import Bound
 from gradpursuit.data.limits import Limits
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.template_file import template_source
-from gradpursuit.data.templates import ChatTemplate, Span
+from gradpursuit.data.templates import Asked, ChatTemplate, Span
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -145,16 +145,7 @@ class Renderer:
 
         A text that has more than `at_most` tokens for certain is not tokenized: what a text of megabytes would cost.
         """
-        texts: list[_Text | DataError] = []
-        for conversation in conversations:
-            try:
-                if at_most is not None and self._is_longer(conversation, at_most):
-                    raise DataError(TOO_LONG)
-                text = self._text(conversation)
-                long = at_most is not None and len(text.text) > at_most and self._bound.of(text.text) > at_most
-                texts.append(DataError(TOO_LONG) if long else text)
-            except DataError as error:
-                texts.append(error)
+        texts = self._texts(conversations, at_most)
         found: list[Rendered | DataError] = [
             text if isinstance(text, DataError) else Rendered([], []) for text in texts
         ]
@@ -179,6 +170,22 @@ class Renderer:
                 found[i] = Rendered(ids, labels, text.text)
         return found
 
+    def _texts(self, conversations: Sequence[Conversation], at_most: int | None) -> list[_Text | DataError]:
+        """What is to be tokenized of each, or why nothing is."""
+        asked = [self._asked(conversation, at_most) for conversation in conversations]
+        of_template = [one for one in asked if isinstance(one, Asked)]
+        rendered = iter(self._template.render(of_template) if self._template else ())
+        texts: list[_Text | DataError] = []
+        for one in asked:
+            text = next(rendered) if isinstance(one, Asked) else one
+            if isinstance(text, tuple):
+                text = _Text(text[0], [(0, len(text[0]))] if self._turns == "full" else text[1], False)
+            if isinstance(text, _Text) and at_most is not None:
+                long = len(text.text) > at_most and self._bound.of(text.text) > at_most
+                text = DataError(TOO_LONG) if long else text
+            texts.append(text)
+        return texts
+
     def _once(self, ids: list[int], labels: list[int], added: Sequence[int]) -> tuple[list[int], list[int]]:
         """Plain text without the special tokens that the tokenizer added to those that stand in it already.
 
@@ -201,23 +208,27 @@ class Renderer:
         """The text of tokens, special ones included."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    def _text(self, conversation: Conversation) -> _Text:
+    def _asked(self, conversation: Conversation, at_most: int | None) -> Asked | _Text | DataError:
+        """What the chat template is to render; the text, where there is none; or why the row cannot be used."""
         full = self._turns == "full"
-        if conversation.text is not None:
-            text = self._ended(self._begun(conversation.text))
-            return _Text(text, [(0, len(text))], True)
-        if full and conversation.untrained:
-            raise DataError(
-                f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full "
-                "supervises every token; use data.turns: assistant or last-turn"
-            )
-        turns = [] if full else self._supervised(conversation)
-        if self._template:
-            needed = range(len(conversation.messages)) if full else turns
-            text, spans = self._template.render(conversation, turns, needed)
-        else:
+        try:
+            if at_most is not None and self._is_longer(conversation, at_most):
+                raise DataError(TOO_LONG)
+            if conversation.text is not None:
+                text = self._ended(self._begun(conversation.text))
+                return _Text(text, [(0, len(text))], True)
+            if full and conversation.untrained:
+                raise DataError(
+                    f"turn {min(conversation.untrained) + 1} is marked as not to be learned, but data.turns: full "
+                    "supervises every token; use data.turns: assistant or last-turn"
+                )
+            turns = [] if full else self._supervised(conversation)
+            if self._template:
+                return Asked(conversation, turns, range(len(conversation.messages)) if full else turns)
             text, spans = self._without_template(conversation, turns)
-        return _Text(text, [(0, len(text))] if full else spans, self._template is None)
+            return _Text(text, [(0, len(text))] if full else spans, True)
+        except DataError as error:
+            return error
 
     def _supervised(self, conversation: Conversation) -> list[int]:
         """Positions of the messages that are supervised.

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +22,85 @@ from gradpursuit.errors import ConfigError, DataError, ModelError
 Span = tuple[int, int]  # of characters
 SECONDS = 10.0  # for one conversation; a thousandth is usual
 _START = 120.0  # seconds until the process is ready, on a busy machine
+_TOGETHER = 1 << 20  # characters that are rendered of one line
 _WAY_ON = "fix the template, or give another one in data.chat_template"
 
 
+@dataclass(frozen=True)
+class Request:
+    """What is to be rendered of one conversation.
+
+    Attributes:
+        messages: of the conversation.
+        tools: their JSON schemas; empty: none.
+        parts: for each text, how many of the messages it has, and whether it asks for an answer at the end.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] = ()
+    parts: Sequence[tuple[int, bool]] = ()
+
+
 def rendered(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]],
-    variables: Mapping[str, Any],
-    *,
-    prompt: bool = False,
-    marks: bool = False,
-) -> tuple[str, list[Span]]:
-    """The text that a chat template makes of a conversation.
+    template: str, requests: Sequence[Request], variables: Mapping[str, Any], *, marks: bool = False
+) -> Iterator[tuple[str, list[Span]] | DataError]:
+    """The texts that a chat template makes of conversations; many at a time cost fewer ways to the other process.
 
     Args:
         template: its source.
-        messages: of the conversation.
-        tools: their JSON schemas; empty: none.
+        requests: the conversations.
         variables: for the template, special tokens among them.
-        prompt: ask for an answer at the end.
         marks: find what `{% generation %}` marks, too.
 
-    Returns:
-        The text, and the marked spans in it, in characters.
+    Yields:
+        For every part of every request the text and the marked spans in it, in characters, or why there is none.
 
     Raises:
-        DataError: the template refuses the conversation.
         ModelError: the template takes too long, or too much memory.
     """
-    request = {
-        "template": template,
-        "messages": [dict(message) for message in messages],
-        "tools": [dict(tool) for tool in tools],
-        "variables": dict(variables),
-        "prompt": prompt,
-        "marks": marks,
+    head = json.dumps({"template": template, "variables": dict(variables), "marks": marks}, default=_plain)[:-1]
+    waiting, size = list[tuple[Request, str | DataError]](), 0
+    for request in requests:
+        line = _line_of(request)
+        cost = len(line) * len(request.parts) if isinstance(line, str) else 0
+        if size + cost > _TOGETHER:
+            yield from _answered(head, waiting)
+            waiting, size = [], 0
+        waiting.append((request, line))
+        size += cost
+    yield from _answered(head, waiting)
+
+
+def _line_of(request: Request) -> str | DataError:
+    conversation = {
+        "messages": [dict(message) for message in request.messages],
+        "tools": [dict(tool) for tool in request.tools],
+        "parts": list(request.parts),
     }
     try:
-        line = json.dumps(request, default=_plain).encode("ascii") + b"\n"
+        return json.dumps(conversation, default=_plain)
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"the chat template cannot be given this conversation: {error}") from None
-    answer = _process().ask(line)
+        return DataError(f"the chat template cannot be given this conversation: {error}")
+
+
+def _answered(
+    head: str, waiting: Sequence[tuple[Request, str | DataError]]
+) -> Iterator[tuple[str, list[Span]] | DataError]:
+    """The texts of some requests, which go to the process as one line."""
+    lines = [line for _, line in waiting if isinstance(line, str)]
+    number = sum(len(request.parts) for request, line in waiting if isinstance(line, str))
+    whole = f'{head}, "conversations": [{", ".join(lines)}]}}\n'.encode("ascii")
+    answers = iter(_process().ask(whole, number) if lines else ())
+    for request, line in waiting:
+        for _ in request.parts:
+            yield _text_of(next(answers)) if isinstance(line, str) else line
+
+
+def _text_of(answer: Mapping[str, Any]) -> tuple[str, list[Span]] | DataError:
     if "limit" in answer:
         raise ModelError(f"the chat template {answer['limit']} for one conversation; {_WAY_ON}")
     if "error" in answer:
-        raise DataError(f"the chat template refuses this conversation: {answer['error']}")
+        return DataError(f"the chat template refuses this conversation: {answer['error']}")
     return answer["text"], [(start, stop) for start, stop in answer["spans"] if stop > start]
 
 
@@ -81,7 +115,7 @@ def check_template(source: str, value: str) -> None:
         ConfigError: naming the line of the first mistake.
         ModelError: it takes too long, or too much memory.
     """
-    answer = _process().ask(json.dumps({"check": source}).encode("ascii") + b"\n")
+    (answer,) = _process().ask(json.dumps({"check": source}).encode("ascii") + b"\n", 1)
     where = "data.chat_template" if is_template_text(value) else f"data.chat_template '{value}'"
     if "limit" in answer:
         raise ConfigError(f"{where}: the template {answer['limit']}; fix it")
@@ -99,15 +133,15 @@ class _Process:
         self._running: subprocess.Popen[bytes] | None = None
         self._pending = b""
 
-    def ask(self, line: bytes) -> dict[str, Any]:
-        """The answer to one request."""
+    def ask(self, line: bytes, number: int) -> list[dict[str, Any]]:
+        """The answers to one line, so many; fewer if the last one is that a limit was reached."""
         with self._lock:
             running = self._running or self._start()
             assert running.stdin
             try:
                 running.stdin.write(line)
                 running.stdin.flush()
-                found = self._line(running, SECONDS)
+                return self._answers(running, number)
             except BaseException as error:  # Ctrl-C, too: a later answer must not be taken for that of a later request
                 self.end()
                 if isinstance(error, TimeoutError):
@@ -117,10 +151,15 @@ class _Process:
                 if isinstance(error, OSError):
                     raise ModelError(f"the chat template ended the process that it ran in; {_WAY_ON}") from None
                 raise
-            answer: dict[str, Any] = json.loads(found)
-            if "limit" in answer:
+
+    def _answers(self, running: subprocess.Popen[bytes], number: int) -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = []
+        while len(answers) < number:
+            answers.append(json.loads(self._line(running, SECONDS)))
+            if "limit" in answers[-1]:
                 self.end()  # its memory is not to be trusted to come back
-            return answer
+                break
+        return answers
 
     def end(self) -> None:
         """End the process, if it runs."""

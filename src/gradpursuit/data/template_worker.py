@@ -11,10 +11,13 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 MEMORY = 1 << 30  # bytes beside what the libraries take
+_TOO_MUCH = f"needs more than {MEMORY >> 20:,} MB of memory"
 LONGEST = 1 << 25  # characters of a rendered text
 
 
@@ -30,14 +33,40 @@ def _bounded() -> None:
         pass  # time is bounded all the same
 
 
-def _rendered(request: dict[str, Any]) -> dict[str, Any]:
+def _answers(line: bytes) -> Iterator[dict[str, Any]]:
+    """The answers to one line: one for every text that it asks for."""
+    try:
+        request = json.loads(line)
+    except MemoryError:
+        yield {"limit": _TOO_MUCH}
+        return
+    if "check" in request:
+        yield _guarded(lambda: _checked(request["check"]))
+        return
+    for conversation in request["conversations"]:
+        for end, prompt in conversation["parts"]:
+            yield _guarded(partial(_rendered, request, conversation, end, prompt))
+
+
+def _guarded(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return work()
+    except MemoryError:
+        return {"limit": _TOO_MUCH}
+    except RecursionError:
+        return {"error": "it calls itself without end, or is nested too deeply"}
+    except Exception as error:  # a template is a program of its own, and can fail in any way
+        return {"error": str(error)[:2000] or type(error).__name__}
+
+
+def _rendered(request: dict[str, Any], conversation: dict[str, Any], end: int, prompt: bool) -> dict[str, Any]:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     made: Any = render_jinja_template(
-        conversations=[request["messages"]],
-        tools=request["tools"] or None,
+        conversations=[conversation["messages"][:end]],
+        tools=conversation["tools"] or None,
         chat_template=request["template"],
-        add_generation_prompt=request["prompt"],
+        add_generation_prompt=prompt,
         return_assistant_tokens_mask=request["marks"],
         **request["variables"],
     )
@@ -70,17 +99,9 @@ def main() -> None:
     answers.write("ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
-        try:
-            request = json.loads(line)
-            answer = _checked(request["check"]) if "check" in request else _rendered(request)
-        except MemoryError:
-            answer = {"limit": f"needs more than {MEMORY >> 20:,} MB of memory"}
-        except RecursionError:
-            answer = {"error": "it calls itself without end, or is nested too deeply"}
-        except Exception as error:  # a template is a program of its own, and can fail in any way
-            answer = {"error": str(error)[:2000] or type(error).__name__}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        for answer in _answers(line):
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ rewrites earlier turns when later ones come is refused, because its spans could 
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradpursuit.data.completeness import REASONING, Marked
 from gradpursuit.data.schemas import Conversation
-from gradpursuit.data.template_process import Span, check_template, rendered
+from gradpursuit.data.template_process import Request, Span, check_template, rendered
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -51,6 +52,69 @@ class _Form:
     begin: str = ""
     end: str = ""
     closes: str = ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation to be rendered.
+
+    Attributes:
+        conversation: what the row says.
+        turns: positions of the messages that are supervised.
+        needed: positions of those whose reasoning has to come through.
+    """
+
+    conversation: Conversation
+    turns: Sequence[int]
+    needed: Sequence[int]
+
+
+@dataclass
+class _Plan:
+    """What has to be rendered of one conversation, and what came of it.
+
+    Attributes:
+        form: the template.
+        conversation: as the template is to have it.
+        asked: what was asked for.
+        marked: the conversation with marks in it.
+        texts: what was rendered, or why not, by the number of messages and whether the text asks for an answer.
+        seen: the same of the marked conversation.
+    """
+
+    form: _Form
+    conversation: Conversation
+    asked: Asked
+    marked: Marked
+    texts: dict[tuple[int, bool], tuple[str, list[Span]] | DataError] = field(default_factory=dict)
+    seen: tuple[str, list[Span]] | DataError = ("", [])
+
+    @property
+    def parts(self) -> list[tuple[int, bool]]:
+        """What of the conversation has to be rendered: the whole, and what tells where its turns begin and end."""
+        whole, turns = len(self.conversation.messages), self.asked.turns
+        parts = [(whole, False)]
+        if not self.form.marks:
+            parts += [part for turn in turns for part in ((turn, True), (turn + 1, False))]
+        elif list(turns) != self.speaking:
+            parts += [part for turn in turns for part in ((turn, True), (turn + 1, True))]
+        return [(end, prompt) for end, prompt in dict.fromkeys(parts) if end and (end < whole or not prompt)]
+
+    @property
+    def speaking(self) -> list[int]:
+        """Positions of the assistant's messages."""
+        return [i for i, message in enumerate(self.conversation.messages) if message["role"] == "assistant"]
+
+    def text(self, end: int, *, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text of the first `end` messages, and what the template marks in it.
+
+        Raises:
+            DataError: the template refuses them.
+        """
+        found = self.texts[end, prompt] if end else ("", [])
+        if isinstance(found, DataError):
+            raise found
+        return found
 
 
 class ChatTemplate:
@@ -94,30 +158,48 @@ class ChatTemplate:
                 "the chat template writes today's date into every row, so tokens change with the day%s", fixed
             )
 
-    def render(
-        self, conversation: Conversation, turns: Sequence[int], needed: Sequence[int] | None = None
-    ) -> tuple[str, list[Span]]:
-        """The whole text, and where in it the assistant speaks in the messages at `turns`: text and end token.
+    def render(self, conversations: Sequence[Asked]) -> list[tuple[str, list[Span]] | DataError]:
+        """The whole text of each, and where in it the assistant speaks in the turns asked for: text and end token.
 
         What the template puts before an answer when it asks for one, and white space after an end token, are no part
-        of a span. A special token that both the row and the template write at the same place is written once.
-
-        Args:
-            conversation: to be rendered.
-            turns: positions of the messages that are supervised.
-            needed: positions of those whose reasoning has to come through; None: `turns`.
+        of a span. A special token that both the row and the template write at the same place is written once. Instead
+        of a text there is an error where the template refuses the conversation, leaves out a part of it, or rewrites
+        earlier turns.
 
         Raises:
-            DataError: the template refuses the conversation, leaves out a part of it, or rewrites earlier turns.
-            ModelError: it takes too long, or too much memory.
+            ModelError: the template takes too long, or too much memory, or cannot be used.
         """
-        form = self._form(_template_of(self._tokenizer, tools=bool(conversation.tools)))
-        self._warn_of_unread_keys(conversation, form)
-        conversation = self._once(conversation, form)
-        whole = self._rendered(form, conversation, len(conversation.messages), prompt=False)
-        self._refuse_left_out(form, conversation, whole[0], set(turns if needed is None else needed))
-        text, spans = (self._by_marks if form.marks else self._by_prefixes)(form, conversation, turns, whole)
-        return text, [self._trimmed(form, text, span) for span in spans]
+        plans = list(map(self._planned, conversations))
+        by_form: dict[str, list[_Plan]] = defaultdict(list)
+        for plan in plans:
+            by_form[plan.form.source].append(plan)
+        for source, group in by_form.items():
+            requests = []
+            for plan in group:
+                whole, marked = plan.conversation, plan.marked.conversation
+                requests += [
+                    Request(whole.messages, whole.tools, plan.parts),
+                    Request(marked.messages, marked.tools, [(len(marked.messages), False)]),
+                ]
+            texts = rendered(source, requests, self._variables, marks=group[0].form.marks)
+            for plan in group:
+                plan.texts.update((part, next(texts)) for part in plan.parts)
+                plan.seen = next(texts)
+        return list(map(self._found, plans))
+
+    def _planned(self, asked: Asked) -> _Plan:
+        form = self._form(_template_of(self._tokenizer, tools=bool(asked.conversation.tools)))
+        self._warn_of_unread_keys(asked.conversation, form)
+        conversation = self._once(asked.conversation, form)
+        return _Plan(form, conversation, asked, Marked(conversation, form.source))
+
+    def _found(self, plan: _Plan) -> tuple[str, list[Span]] | DataError:
+        try:
+            self._refuse_left_out(plan)
+            text, spans = self._by_marks(plan) if plan.form.marks else self._by_prefixes(plan)
+            return text, [self._trimmed(plan.form, text, span) for span in spans]
+        except DataError as error:
+            return error
 
     def _form(self, own: str) -> _Form:
         if own not in self._forms:
@@ -128,19 +210,20 @@ class ChatTemplate:
     def _explored(self, form: _Form) -> _Form:
         """The form, with what it writes around an answer."""
         user, answer = {"role": "user", "content": "x7z"}, "q0z"
-        asked = Conversation((user,))
-        answered = Conversation((user, {"role": "assistant", "content": answer}))
-        try:
-            without, with_prompt = (self._rendered(form, asked, 1, prompt=prompt)[0] for prompt in (False, True))
-            text = self._rendered(form, answered, 2, prompt=False)[0]
-        except DataError:  # a template that does not take this conversation may well take those of the data
+        messages = (user, {"role": "assistant", "content": answer})
+        request = Request(messages, parts=((1, False), (1, True), (2, False)))
+        found = [
+            made[0] for made in rendered(form.source, [request], self._variables) if not isinstance(made, DataError)
+        ]
+        if len(found) < len(request.parts):  # a template that does not take these messages may well take those of data
             return form
+        without, with_prompt, text = found
         asking = len(_common(without, with_prompt))
         prompt = with_prompt[asking:]
-        head, found, tail = text.partition(answer)
-        role = _common(prompt, head[asking:]) if found else ""
+        head, answered, tail = text.partition(answer)
+        role = _common(prompt, head[asking:]) if answered else ""
         begin = str(self._tokenizer.bos_token or "")
-        ends = [end for end in self._ends if found and tail.lstrip().startswith(end)]
+        ends = [end for end in self._ends if answered and tail.lstrip().startswith(end)]
         after = without.rpartition("x7z")[2].lstrip()
         closes = [end for end in self._ends if after.startswith(end)]
         return replace(
@@ -174,46 +257,43 @@ class ChatTemplate:
                 self._unread.add(key)
                 logger.warning("messages have a key %r, which the chat template does not read", key)
 
-    def _refuse_left_out(self, form: _Form, conversation: Conversation, text: str, needed: set[int]) -> None:
+    @staticmethod
+    def _refuse_left_out(plan: _Plan) -> None:
         """See that all that the row says came through.
 
         Raises:
-            DataError: naming the first that did not.
+            DataError: naming the first that did not; or the template refuses the conversation.
         """
-        marked = Marked(conversation, text)
-        rendered = self._rendered(form, marked.conversation, len(conversation.messages), prompt=False)[0]
-        if lost := marked.left_out(rendered, needed):
+        plan.text(len(plan.conversation.messages))
+        if isinstance(plan.seen, DataError):
+            raise plan.seen
+        if lost := plan.marked.left_out(plan.seen[0], set(plan.asked.needed)):
             raise DataError(lost)
 
-    def _by_marks(
-        self, form: _Form, conversation: Conversation, turns: Sequence[int], whole: tuple[str, list[Span]]
-    ) -> tuple[str, list[Span]]:
-        text, spans = whole
-        speaking = [i for i, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        if list(turns) == speaking:
+    def _by_marks(self, plan: _Plan) -> tuple[str, list[Span]]:
+        text, spans = plan.text(len(plan.conversation.messages))
+        if list(plan.asked.turns) == plan.speaking:
             return text, spans
         chosen: list[Span] = []
-        for turn in turns:
-            before = self._rendered(form, conversation, turn, prompt=True)[1]
-            until = spans if turn == speaking[-1] else self._rendered(form, conversation, turn + 1, prompt=True)[1]
+        for turn in plan.asked.turns:
+            before = plan.text(turn, prompt=True)[1]
+            until = spans if turn == plan.speaking[-1] else plan.text(turn + 1, prompt=True)[1]
             if until != spans[: len(until)] or before != until[: len(before)]:
                 raise self._rewritten(turn)
             chosen += until[len(before) :]
         return text, chosen
 
-    def _by_prefixes(
-        self, form: _Form, conversation: Conversation, turns: Sequence[int], whole: tuple[str, list[Span]]
-    ) -> tuple[str, list[Span]]:
-        last, text = len(conversation.messages) - 1, whole[0]
-        spans = []
+    def _by_prefixes(self, plan: _Plan) -> tuple[str, list[Span]]:
+        form, turns = plan.form, plan.asked.turns
+        last = len(plan.conversation.messages) - 1
+        text, spans = plan.text(last + 1)[0], []
         if turns and turns[0] == 0:
             raise DataError(
                 "the conversation begins with an assistant turn, whose start cannot be found where templates are "
                 "rendered turn by turn; use data.turns: last-turn or full, or remove the turn"
             )
         for turn in turns:
-            prefix = self._rendered(form, conversation, turn, prompt=True)[0]
-            until = text if turn == last else self._rendered(form, conversation, turn + 1, prompt=False)[0]
+            prefix, until = plan.text(turn, prompt=True)[0], plan.text(turn + 1)[0]
             if form.role and prefix.endswith(form.prompt) and not until.startswith(prefix):
                 # The prompt begins the reasoning, which this answer does not have.
                 prefix = prefix.removesuffix(form.prompt) + form.role
@@ -223,19 +303,6 @@ class ChatTemplate:
                 raise self._rewritten(turn)
             spans.append((len(prefix), len(until)))
         return text, spans
-
-    def _rendered(self, form: _Form, conversation: Conversation, end: int, *, prompt: bool) -> tuple[str, list[Span]]:
-        """The text of the first `end` messages, and what the template marks in it."""
-        if end == 0 and form.marks:
-            return "", []
-        return rendered(
-            form.source,
-            conversation.messages[:end],
-            conversation.tools,
-            self._variables,
-            prompt=prompt,
-            marks=form.marks,
-        )
 
     def _trimmed(self, form: _Form, text: str, span: Span) -> Span:
         """A span without what the prompt for an answer ends with, and without white space after an end token."""
