@@ -95,7 +95,10 @@ def test_other_keys_of_a_message_stay() -> None:
 
 def test_columns_by_other_names() -> None:
     row = {"question": "q", "answer": "a", "prompt": "not this", "completion": "nor this", "n": 1}
-    assert found(row, prompt="question", completion="answer") == ("prompt/completion", Conversation(QA))
+    schema, made = found(row, prompt="question", completion="answer")
+    assert (schema, made.messages) == ("prompt/completion", QA)
+    unread = "holds text and is not read; put it into the conversation if it belongs there"
+    assert made.notes == (f"column 'prompt' {unread}", f"column 'completion' {unread}")
     assert found({"body": "x"}, text="body") == ("text", Conversation(text="x"))
     assert found({"chat": list(QA)}, messages="chat") == ("messages", Conversation(QA))
     assert found({"prompt": "q", "completion": "a", "key": 1}, id="key") == ("prompt/completion", Conversation(QA))
@@ -321,3 +324,30 @@ def test_a_prompt_and_a_completion_of_two_kinds(prompt: Any, completion: Any) ->
 )
 def test_other_forms_of_conversations_are_named(columns: dict[str, Any], part: str) -> None:
     assert part in refused(columns)
+
+
+@pytest.mark.parametrize("tools", ["", " ", "null", "None", "[]", "{}", [], {}])
+def test_no_tools_however_a_table_says_so(tools: Any) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": tools}
+    assert (recognise(row, {}, "f:1")[1].tools, recognise(row, {}, "f:1")[1].notes) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["chat_template_kwargs", "enable_thinking", "reasoning_effort", "tool_choice"])
+def test_columns_for_the_chat_template_are_noted(name: str) -> None:
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], name: "none"}
+    (note,) = recognise(row, {}, "f:1")[1].notes
+    assert note.startswith(f"column '{name}' is for the chat template and is not read; data.chat_template_kwargs")
+
+
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"input": [{"role": "user", "content": "q"}], "output": "a"}, "{prompt: input, completion: output}"),
+        ({"system": "s", "question": "q", "chosen": "c", "rejected": "r"}, "{prompt: question, completion: chosen}"),
+        ({"query": "q", "answers": '[{"name": "f"}]', "tools": "[]"}, "{prompt: query, completion: answers}"),
+    ],
+)
+def test_advice_that_loses_no_answer(row: dict[str, Any], mapping: str) -> None:
+    with pytest.raises(DataError) as error:
+        recognise(row, {}, "f:1")
+    assert str(error.value).endswith(mapping)

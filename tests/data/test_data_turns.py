@@ -75,6 +75,13 @@ def test_positions_count_the_messages_that_are_made() -> None:
         ({"mask": 1}, "'mask' means 'learned' to some libraries"),
         ({"weight": 1, "train": False}, "'weight', 'train' contradict each other"),
         ({"train_detail": [{"begin_offset": 0, "end_offset": 2, "train": False}]}, "trains parts of a turn"),
+        ({"loss_masked": True}, "'loss_masked' is True: by its name it says what of the turn is learned"),
+        ({"isLoss": 0}, "'isLoss' is 0: by its name"),
+        ({"no_train": True}, "'no_train' is True: by its name"),
+        ({"Weight": 0}, "'Weight' is 0: by its name"),
+        ({"training_detail": [{"begin_offset": 0}]}, "'training_detail' is [{'begin_offset': 0}]: by its name"),
+        ({"reasoning": {"content": "hm"}}, "'reasoning' is dict, {'content': 'hm'}; expected the reasoning as text"),
+        ({"thinking": ["hm"]}, "'thinking' is list, ['hm']; expected the reasoning as text"),
     ],
 )
 def test_marks_that_cannot_be_kept_are_refused(key: dict[str, Any], part: str) -> None:
@@ -209,3 +216,32 @@ def test_a_tree_within_a_list_of_turns_is_refused() -> None:
     linear = [{**USER, "id": "1", "parent": None}, {**ANSWER, "id": "2", "parent": "1"}]
     assert len(read(*linear).messages) == 2
     assert "answers '1', not the turn before it" in refused(*linear, {**ANSWER, "id": "3", "parent": "1"})
+
+
+def test_keys_that_only_sound_like_the_mask_are_noted() -> None:
+    assert read(USER, {**ANSWER, "training_source": "web", "brain": 0, "lossless": True}).notes == tuple(
+        f"key '{name}' of a turn is passed to the chat template and not read otherwise"
+        for name in ("training_source", "brain", "lossless")
+    )
+
+
+def test_reasoning_of_a_user_turn_is_noted() -> None:
+    note = "key 'reasoning_content' of a turn is passed to the chat template and not read otherwise"
+    assert read({**USER, "reasoning_content": "hm"}, ANSWER).notes == (note,)
+    assert read(USER, {**ANSWER, "reasoning_content": "hm"}).notes == ()
+
+
+def test_turns_that_a_table_keeps_by_column() -> None:
+    for asks, says, columns in (("user", "assistant", ("role", "content")), ("human", "gpt", ("from", "value"))):
+        row = {"messages": dict(zip(columns, (["system", asks, says], ["s", "q", "a"]), strict=True))}
+        made = recognise(row, {}, "file:7")[1].messages
+        assert [tuple(turn.values()) for turn in made] == [("system", "s"), ("user", "q"), ("assistant", "a")]
+    assert "expected a list of" in refused_row({"messages": {"role": ["user"], "content": ["q", "a"]}})
+    assert "expected a list of" in refused_row({"messages": {"role": "user", "content": "q"}})
+    assert "a text alone does not say who speaks" in refused_row({"messages": ["q", "a"]})
+
+
+def refused_row(row: dict[str, Any]) -> str:
+    with pytest.raises(DataError) as error:
+        recognise(row, {}, "file:7")
+    return str(error.value)

@@ -34,6 +34,10 @@ _OF_THE_MASK = (
 # Of these a 0 or false says that the row, or a turn of it, is not to be learned.
 _TRAINED = ("train", "trainable", "loss_mask", "loss_masks", "loss_weight", "weights", "mask", "masks")
 _VALUED = ("reward", "rewards", "score", "scores", "rating", "is_correct", "correct", "label", *_OF_THE_MASK)
+_OF_THE_TEMPLATE = (
+    "chat_template_kwargs", "chat_template", "enable_thinking", "thinking_mode", "reasoning_effort", "tool_choice",
+    "add_generation_prompt", "continue_final_message",
+)  # fmt: skip
 _NAMES = ("id", "ids", "name", "names", "type", "types", "tokens", "length", "len", "count", "num", "lang", "language")
 _AUTHOR = ("role", "from", "speaker", "sender")
 _ONE_OF_A_TREE = ("parent_id", "message_tree_id", "parent_message_id")
@@ -128,6 +132,11 @@ def notes(
         if lowered in _VALUED and not (lowered == "label" and text is not None) and value not in (None, "", []):
             what = "is to say what is learned" if lowered in _OF_THE_MASK else "is a judgement of the row"
             yield f"column '{name}' is not read (by its name it {what})"
+        elif lowered in _OF_THE_TEMPLATE and value not in (None, "", [], {}):
+            yield (
+                f"column '{name}' is for the chat template and is not read; data.chat_template_kwargs gives it "
+                "variables that are the same for every row"
+            )
         elif _is_spoken(lowered) and any(part not in spoken for part in _texts(value)):
             yield f"column '{name}' holds text and is not read{_advice_on(name, said)}"
     if text is not None and _TURN_MARKS.search(text):
@@ -191,24 +200,26 @@ def _advice(columns: Mapping[str, Any]) -> str:
             alpaca = {"instruction": "instruction", **({"input": "input"} if "input" in columns else {})}
             return f"; these are pairs of answers: data.columns: {_as_mapping({**alpaca, 'output': 'chosen'})}"
         whole = isinstance(columns["chosen"], list) and not isinstance(columns.get("prompt"), list)
-        if whole or "prompt" in columns:
-            chosen = {"messages": "chosen"} if whole else {"prompt": "prompt", "completion": "chosen"}
+        asked = _first(_ASKED, columns)
+        if whole or asked:
+            chosen = {"messages": "chosen"} if whole else {"prompt": str(asked), "completion": "chosen"}
             advice = "these are pairs of answers: to learn the chosen one alone, data.columns"
             return f"; {advice}: {_as_mapping(chosen)}"
     firsts = {
         name: next(iter(found), None) for name, value in columns.items() if isinstance(found := parsed(value), list)
     }
     talks = [name for name, first in firsts.items() if isinstance(first, Mapping) and _is_turn(first)]
-    if len(talks) == 1:
+    asked, answered = _first(_ASKED, columns), _first(_ANSWERED, columns)
+    if len(talks) == 1 and not (talks[0] == asked and answered):
         return f"; '{talks[0]}' holds turns: data.columns: {_as_mapping({'messages': talks[0]})}"
-    if rows := [name for name, first in firsts.items() if isinstance(first, Mapping) and not talks]:
+    rows = [name for name, first in firsts.items() if isinstance(first, Mapping) and not talks]
+    if rows and not (asked and answered):
         return f"; '{rows[0]}' is a list of objects: if these are the rows, save that list as the whole file"
     if strings := [name for name, first in firsts.items() if name in _TALKS and isinstance(first, str)]:
         return f"; '{strings[0]}' is a list of texts: make it a column messages, {{role, content}} each"
     if texts := [name for name in _TALKS if isinstance(columns.get(name), str)]:
         marks = " with marks of turns" if _TURN_MARKS.search(columns[texts[0]]) else ""
         return f"; '{texts[0]}' is one text{marks}: split it into a column messages, {{role, content}} each"
-    asked, answered = _first(_ASKED, columns), _first(_ANSWERED, columns)
     mapping = {"prompt": asked or "question", "completion": answered or "answer"}
     if asked == "instruction" and answered and columns.get("context"):
         mapping = {"instruction": asked, "input": "context", "output": answered}

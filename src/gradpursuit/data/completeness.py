@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gradpursuit.data.schemas import Conversation, Message
+from gradpursuit.data.turns import REASONING
 
-REASONING = ("reasoning_content", "thinking", "reasoning")
 _WORD = re.compile(r"[^\W_]+")
 _TAG = re.compile(r"<[^<>\s][^<>]*>|\[/?[A-Z_]+\]")
 _THINKS = re.compile(r"<[|/]?(think|thinking|thought|reasoning|reason)[|]?>", re.IGNORECASE)

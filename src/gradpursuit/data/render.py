@@ -33,6 +33,7 @@ from gradpursuit.data.limits import Limits
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.template_file import template_source
 from gradpursuit.data.templates import Asked, ChatTemplate, Span
+from gradpursuit.data.turns import REASONING
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -311,4 +312,4 @@ def _turns_in_words(conversation: Conversation, roles: list[str]) -> str:
 
 def _says_more(message: Mapping[str, Any]) -> bool:
     """Whether the assistant says something beside its text: a tool call, or its reasoning."""
-    return any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking", "reasoning"))
+    return any(message.get(name) for name in ("tool_calls", *REASONING))

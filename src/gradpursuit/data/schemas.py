@@ -110,7 +110,7 @@ class _View:
         self._names: dict[str, str] = {name: name for name in columns}
         if any(name in mapped for name in _OF_A_SCHEMA):
             self._names = {also: also for names in _ALSO.values() for also in names}
-            self.off.update(_OF_A_SCHEMA, ("chosen", "rejected"))
+            self.off.update(("chosen", "rejected"))
         for ours, source in renamed.items():
             for name in _ALSO.get(ours, (ours,)):
                 self._names.pop(name, None)
@@ -254,13 +254,13 @@ def _with_system(found: Conversation, view: _View) -> Conversation:
 
 
 def _with_tools(found: Conversation, view: _View) -> Conversation:
-    name = next((name for name in _TOOLS if view.get(name) not in (None, "", [])), "")
+    name = next((name for name in _TOOLS if not _is_blank(view.get(name))), "")
     if not name:
+        for blank in _TOOLS:
+            view.take(blank)
         return found
     tools = parsed(view.take(name))
     tools = [parsed(tool) for tool in tools] if isinstance(tools, list) else tools
-    if tools == []:
-        return found
     if not isinstance(tools, list) or not all(
         isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in tools
     ):
@@ -278,6 +278,11 @@ def _with_tools(found: Conversation, view: _View) -> Conversation:
         )
         found = replace(found, notes=(*found.notes, twice))
     return replace(found, tools=tuple(tools))
+
+
+def _is_blank(tools: Any) -> bool:
+    """Whether there are no tools, however a table says so."""
+    return (parsed(tools.strip()) if isinstance(tools, str) else tools) in (None, "", "null", "None", [], {})
 
 
 def _tool(tool: dict[str, Any], column: str) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gradpursuit.data.completeness import REASONING, Marked
+from gradpursuit.data.completeness import Marked
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.template_process import Request, Span, check_template, rendered
+from gradpursuit.data.turns import REASONING
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:

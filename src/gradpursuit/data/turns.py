@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,11 +59,20 @@ _MASKED = (
     "do_not_train",
 )  # the other way round
 _UNCLEAR = ("mask", "ignore")  # means either, depending on the library
-_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Keys under which an assistant turn keeps what it thinks before it speaks, as text.
+REASONING = (
+    *("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "think", "think_content"),
+    *("thinking_content", "reasoning_text", "chain_of_thought", "cot", "rationale", "scratchpad", "tool_plan"),
+)
+# Any other key of such a name says something of what is learned, in a way that is not known.
+_OF_LEARNING = re.compile(
+    r"(?:^|_)(?:loss|train(?:ed|ing|able)?|untrain(?:ed|able)|learn(?:ed|able|ing)?|supervis\w*|(?:un)?mask(?:ed|s)?|"
+    r"weights?|backprop|grad)(?:_|$)"
+)
 _PARENTS = ("parent", "parent_id", "parentId")
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # keys of a turn that holds two
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_READ = frozenset(("tool_calls", "tool_call_id", *_THOUGHTS))
+_READ = frozenset(("tool_calls", "tool_call_id"))
 _SPOKEN_ELSEWHERE = ("refusal", "audio", "images", "image", "videos", "video", "audios", "files", "attachments")
 
 
@@ -86,7 +96,7 @@ class Turns:
         Raises:
             DataError: it is no list of turns, or a turn cannot be read without losing a part of it.
         """
-        value = parsed(value)
+        value = _of_columns(parsed(value))
         if not isinstance(value, list) or not value:
             python = (
                 "; this is how Python prints a list: write it with json.dumps" if str(value).startswith("[{'") else ""
@@ -102,7 +112,8 @@ class Turns:
     def _add(self, turn: Any, where: str, names: str) -> None:
         if not isinstance(turn, dict):
             wanted = "'from' and a text 'value'" if "from" in names else "'role' and a text 'content'"
-            raise DataError(f"{where}: expected {wanted}, found {turn!r:.80}")
+            who = "; a text alone does not say who speaks" if isinstance(turn, str) else ""
+            raise DataError(f"{where}: expected {wanted}, found {turn!r:.80}{who}")
         shared = "from" in turn and "role" not in turn
         said, text = ("from", "value") if shared else ("role", "content")
         if text not in turn and not shared and "value" in turn:
@@ -154,6 +165,11 @@ class Turns:
                 f"{where}: 'train_detail' ({detail!r:.60}) trains parts of a turn, which is not supported; split the "
                 "turn, or use train: true or false"
             )
+        if unknown := next((name for name, value in rest.items() if _speaks_of_learning(name, value)), None):
+            raise DataError(
+                f"{where}: '{unknown}' is {rest[unknown]!r:.60}: by its name it says what of the turn is learned, but "
+                "it is no key that is read; rename it: train: true for turns to learn, train: false for others"
+            )
         if len(set(said.values())) > 1:
             raise DataError(f"{where}: {', '.join(map(repr, said))} contradict each other; keep one of them")
         learned = all(said.values())
@@ -174,7 +190,7 @@ class Turns:
                 raise DataError(f"{where}: has both 'function_call' and 'tool_calls'; keep 'tool_calls'")
             rest["tool_calls"] = [{"type": "function", "function": parsed(rest.pop("function_call"))}]
         calls = parsed(rest.get("tool_calls"))
-        if content is None and (calls or any(map(rest.get, _THOUGHTS))):
+        if content is None and (calls or any(map(rest.get, REASONING))):
             content = ""
         if not isinstance(content, str):
             raise DataError(f"{where}: expected {wanted}, found {turn!r:.80}")
@@ -184,13 +200,15 @@ class Turns:
             raise DataError(f"{where}: 'tool_calls': expected a list, found {calls!r:.80}")
         if "tool_calls" in rest and calls is not None:
             rest["tool_calls"] = [_call(call, f"{where}: 'tool_calls'[{i}]") for i, call in enumerate(calls)]
+        if role == "assistant":
+            _refuse_other_reasoning(rest, where)
         self._note_unread(role, rest)
         self.messages.append({"role": role, "content": content, **rest})
 
     def _note_unread(self, role: str, rest: Mapping[str, Any]) -> None:
         for name, value in rest.items():
-            named = name == "name" and role == "tool"
-            if name not in _READ and not named and value not in ("", [], {}):
+            read = name in _READ or name in (REASONING if role == "assistant" else ("name",) if role == "tool" else ())
+            if not read and value not in ("", [], {}):
                 self.notes[f"key '{name}' of a turn is passed to the chat template and not read otherwise"] = None
 
     @staticmethod
@@ -262,6 +280,34 @@ class Turns:
         for name, value in part.items():
             if name not in read and value not in (None, "", [], {}, False):
                 self.notes[f"key '{name}' of a part of a content is not read"] = None
+
+
+def _of_columns(value: Any) -> Any:
+    """Turns that a table keeps as one list for every key (`datasets` does so), as a list of turns; else the value."""
+    columns = list(value.values()) if isinstance(value, dict) and {"role", "from"} & set(value) else []
+    if not columns or not all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+        return value
+    return [dict(zip(value, turn, strict=True)) for turn in zip(*columns, strict=True)]
+
+
+def _speaks_of_learning(name: str, value: Any) -> bool:
+    """Whether a key that is not known says what of a turn is learned."""
+    lowered = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+    said = isinstance(value, (bool, int, float)) or (bool(value) and isinstance(value, (list, dict)))
+    return said and bool(_OF_LEARNING.search(lowered))
+
+
+def _refuse_other_reasoning(rest: Mapping[str, Any], where: str) -> None:
+    """Refuse reasoning that is no text: a template would print it as Python does, or leave it out unseen.
+
+    Raises:
+        DataError: naming its key.
+    """
+    for name in REASONING:
+        if rest.get(name) and not isinstance(rest[name], str):
+            raise DataError(
+                f"{where}: '{name}' is {type(rest[name]).__name__}, {rest[name]!r:.60}; expected the reasoning as text"
+            )
 
 
 def _unpaired(turn: Any) -> list[Any]:
