@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from gradpursuit.data.duplicates import NearCopies
 from gradpursuit.data.leakage import Leaks, Protected
 from gradpursuit.data.schemas import Conversation
-from gradpursuit.data.words import _words, fold, grams, weight, words
+from gradpursuit.data.words import _words, fold, grams, weight, with_whole_formulas, words
 
 
-def leaks(target: str, row: str) -> bool:
-    """Whether `row` as a user turn holds the user turn `target` whole."""
-    made = Leaks([Protected("t", "1", Conversation(({"role": "user", "content": target},)))])
+def leaks(target: str, row: str, coverage: float | None = None) -> bool:
+    """Whether `row` as a user turn holds the user turn `target` whole, or a share of it of at least `coverage`."""
+    made = Leaks([Protected("t", "1", Conversation(({"role": "user", "content": target},)))], coverage=coverage)
     return made.find("0", Conversation(({"role": "user", "content": row},))) is not None
 
 
@@ -138,7 +138,38 @@ def test_other_sums_are_no_leaks(row: str) -> None:
     assert leaks(target, target.replace(" ", "").replace("-", "−"))
 
 
+SUM = "((-1 + 2 + 9 * 5) - (-2 + -4 + -4 * -7) + 12 * 3) * 4 ="
+
+
+@pytest.mark.parametrize(
+    ("target", "row"),
+    [
+        (SUM, SUM.replace("-1", "1", 1)),
+        (SUM, SUM.replace("* 5", "+ 5")),
+        (SUM, SUM.replace("12", "13")),
+        (SUM, f"What is {SUM.replace('* 3', '* 30')} Answer briefly."),
+        (SUM.replace(" ", ""), SUM.replace(" ", "").replace("9", "8")),
+        ("2x + 3y - z^2 = 4(x - 1.5) / (y + 7) ≤ 12", "2x + 3y - z^2 = 4(x - 1.5) / (y - 7) ≤ 12"),
+        ("[ [ { ( ) } ] < > ( ( [ ] ) ) { } [", "[ [ { ( ) } ] < > ( ( [ ] ) ) { } ("),
+    ],
+)
+def test_a_sum_that_differs_in_one_symbol_is_no_part_of_the_other(target: str, row: str) -> None:
+    assert not leaks(target, row, 0.5)
+    assert leaks(target, f"Please compute {target} Thanks!", 0.5)
+
+
+def test_formulas_count_as_one_word_in_parts() -> None:
+    text = f"{PROSE} It adds up as {SUM} and that is all there is to say about it."
+    assert leaks(text, text.replace("all there", "everything there").replace("-1", "1", 1), 0.5)
+    assert with_whole_formulas(words("add (1 + 2) * x = 9 then go")) == ["add", "( 1 + 2 ) * x = 9", "then", "go"]
+    assert with_whole_formulas(words("1 + 2 = 3\n4 + 5 = 9")) == ["1 + 2 = 3", "4 + 5 = 9"]
+    assert with_whole_formulas(words("it is -4 or 3 5")) == ["it", "is", "-", "4", "or", "3", "5"]
+    assert with_whole_formulas(words("请算 3 + 5 的和")) == ["请", "算", "3 + 5", "的", "和"]
+
+
 SENTENCES = {
+    "Yi": "ꋍꂷꃅꄿꐨꐥꌺꐋꀕꊿꂷꃅꄿꐨꐥꌺꐋꀕ",
+    "Bopomofo": "ㄑㄧㄥㄐㄧㄝㄕㄨㄛㄔㄠㄒㄧㄇㄟㄊㄧㄢㄊㄨㄟㄔ",
     "Chinese": "请解释一下为什么潮汐每天会推迟大约五十分钟并举一个简单的例子",
     "Japanese": "なぜ潮の満ち引きが毎日およそ五十分ずつ遅れるのかを説明してください",
     "Thai": "อธิบายว่าทำไมน้ำขึ้นน้ำลงจึงช้าลงประมาณห้าสิบนาทีทุกวัน",

@@ -2,9 +2,10 @@
 
 A row leaks if its rendered text is that of a protected row up to white space and case; if it holds, word by word, a
 whole user turn of one, or, where that is short, the turn and its answer; or if it holds a large enough share of that
-passage in runs of eight words. Fewer than eight words say too little. A turn, or a run of words, that several protected
-rows share is an instruction, not a secret: neither counts. Nor does a run that more than twenty of the rows that are
-looked at hold. That is known after the last of them: until then, a part is a suspicion (:meth:`Leaks.still`).
+passage in runs of eight words, of which a formula is one. Fewer than eight words say too little. A turn, or a run of
+words, that several protected rows share is an instruction, not a secret: neither counts. Nor does a run that more than
+twenty of the rows that are looked at hold. That is known after the last of them: until then, a part is a suspicion
+(:meth:`Leaks.still`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 
 from gradpursuit.data.duplicates import said
 from gradpursuit.data.schemas import Conversation
-from gradpursuit.data.words import grams, weight
+from gradpursuit.data.words import grams, weight, with_whole_formulas
 
 _ENOUGH = 8  # words that are not the same by chance
 _COMMON = 20  # rows that hold a run of words which is no instruction
@@ -49,7 +50,7 @@ class Leak:
 
 @dataclass(frozen=True)
 class _Passage:
-    """What of a protected row must not be in others: its words between spaces, and how many they are."""
+    """What of a protected row must not be in others: its words between spaces, and how many (a formula is one)."""
 
     row: str
     text: str
@@ -77,7 +78,7 @@ class Leaks:
         for row in distinct:
             turns.update({" ".join(asked) for asked, _ in _parts(row.conversation)})
             found = (asked + answer for asked, answer in _parts(row.conversation))
-            shared.update({gram for passage in found for gram, _, _ in grams(passage, _ENOUGH)})
+            shared.update(set().union(*map(_runs, found)))
         self._whole: dict[str, list[_Passage]] = defaultdict(list)  # under one of its runs of words, the rarest
         self._parts: dict[str, list[tuple[_Passage, int, int]]] = defaultdict(list)  # under every run of its own
         self._holders = Counter[str]()  # rows that were looked at, by the runs that they hold
@@ -86,10 +87,11 @@ class Leaks:
                 self._add(row, passage, shared)
 
     def _add(self, row: Protected, words: list[str], shared: Counter[str]) -> None:
-        runs = list(grams(words, _ENOUGH))
-        passage = _Passage(row.id, f" {' '.join(words)} ", len(words))
-        self._whole[min(runs, key=lambda run: shared[run[0]])[0]].append(passage)
-        for gram, start, stop in runs if self._coverage is not None else ():
+        coarse = with_whole_formulas(words)
+        passage = _Passage(row.id, f" {' '.join(words)} ", len(coarse))
+        rarest = min((run for run, _, _ in grams(words, _ENOUGH)), key=lambda run: shared[run])
+        self._whole[rarest].append(passage)
+        for gram, start, stop in grams(coarse, _ENOUGH) if self._coverage is not None else ():
             if shared[gram] <= self._sharing:
                 self._parts[gram].append((passage, start, stop))
 
@@ -103,7 +105,7 @@ class Leaks:
         if not self._whole:
             return None
         words = said(conversation)
-        runs = {gram for gram, _, _ in grams(words, _ENOUGH)}
+        runs = _runs(words)
         text = ""
         for gram in sorted(self._whole.keys() & runs):
             text = text or f" {' '.join(words)} "
@@ -130,6 +132,12 @@ class Leaks:
         if not shares or self._coverage is None or share < self._coverage:
             return None
         return Leak(row, "holds a part of a row of", share, runs)
+
+
+def _runs(words: Sequence[str]) -> set[str]:
+    """All runs of eight words, with formulas in their symbols and with whole ones."""
+    coarse = with_whole_formulas(words)
+    return {run for way in ([words] if coarse is words else [words, coarse]) for run, _, _ in grams(way, _ENOUGH)}
 
 
 def _passages(conversation: Conversation, turns: Counter[str]) -> Iterator[list[str]]:

@@ -12,10 +12,12 @@ import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Literal
 
 import regex
 
 _ALONE = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Javanese}\p{Balinese}"
+_ALONE += r"\p{Yi}\p{Bopomofo}\p{Nushu}\p{Tangut}\p{Khitan_Small_Script}\p{Vai}\p{Buginese}\p{Batak}"
 _HALF = rf"[[{_ALONE}\p{{Hiragana}}\p{{Katakana}}\p{{Hangul}}ー]&&\p{{L}}]"  # two of them weigh as much as a word
 _SINGLE = rf"[[{_ALONE}\p{{Hiragana}}\p{{Katakana}}\p{{Hangul}}\p{{Han}}ー々〆]&&[\p{{L}}〇]]"
 _RUN = rf"[[\p{{L}}\p{{M}}\p{{N}}_]--{_SINGLE}]+"
@@ -68,6 +70,7 @@ _OTHER_DIGIT = regex.compile(r"[\p{Nd}--[0-9]]", _FLAGS)
 _THAI_AM = regex.compile(r"\u0e4d([\u0e48-\u0e4b])")
 _HALF_WORD = regex.compile(_HALF, _FLAGS)
 _FULL_SYMBOL = regex.compile(r"\p{So}", _FLAGS)
+_OPERAND = regex.compile(r"\d+(?:[.,]\d+)*\p{L}?|[\p{Latin}\p{Greek}\p{Cyrillic}]\p{M}*\d*", _FLAGS)
 
 
 def words(text: str) -> list[str]:
@@ -125,6 +128,34 @@ def weight(said: Sequence[str]) -> float:
     counts as half of one.
     """
     return sum(map(_weight, said))
+
+
+def with_whole_formulas(said: Sequence[str]) -> Sequence[str]:
+    """`said` with every formula as one word: a sum that differs in one symbol is another sum, not most of the same one.
+
+    A formula is a run of at least three symbols and numbers or single letters, one of them a symbol, that ends where
+    two operands follow each other. Sequences of brackets and Morse code are such runs too.
+    """
+    kinds = list(map(_kind, said))
+    if "symbol" not in kinds:
+        return said
+    made, start = list[str](), 0
+    for stop in range(1, len(said) + 1):
+        ends = stop == len(said) or "word" in kinds[stop - 1 : stop + 1]
+        if not ends and not kinds[stop - 1] == kinds[stop] == "operand":
+            continue
+        run = said[start:stop]
+        made += [" ".join(run)] if len(run) > 2 and "symbol" in kinds[start:stop] else run
+        start = stop
+    return made
+
+
+@lru_cache(maxsize=1 << 16)
+def _kind(word: str) -> Literal["word", "operand", "symbol"]:
+    if _OPERAND.fullmatch(word):
+        return "operand"
+    known = word[0] == "_" or any(map(str.isalnum, word)) or _FULL_SYMBOL.match(word)
+    return "word" if known else "symbol"
 
 
 def grams(said: Sequence[str], size: int) -> Iterator[tuple[str, int, int]]:
