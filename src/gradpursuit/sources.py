@@ -30,6 +30,7 @@ _SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".pq": "parquet",
     ".arrow": "arrow",
+    ".feather": "arrow",
 }
 _SAVED = ("state.json", "dataset_dict.json")  # one of them is in every folder of `save_to_disk`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

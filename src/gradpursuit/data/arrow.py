@@ -1,12 +1,46 @@
-"""Rows of Arrow tables as they were before they became a table: without the nulls that its structs add."""
+"""Arrow files batch by batch, and rows of Arrow tables as they were before they became a table: without its nulls."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
+
+from gradpursuit.errors import DataError
+
+_MORE = b"\xff\xff\xff\xff"  # what every message of a stream begins with, since Arrow 0.15
+
+
+def record_batches(path: str) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file in order: a stream, as `datasets` writes it, or a file with a footer (Feather 2).
+
+    The file is read, not mapped: one that is cut short is an error, where a mapped one ends the process.
+
+    Raises:
+        DataError: it is of another format.
+        pyarrow.ArrowInvalid: it is damaged.
+        OSError: it cannot be read.
+    """
+    with pa.OSFile(path) as file:
+        head = file.read(6)
+        file.seek(0)
+        if head == b"ARROW1":
+            footed = pa.ipc.open_file(file)
+            yield from (footed.get_batch(number) for number in range(footed.num_record_batches))
+            return
+        if head.startswith(b"FEA1"):
+            raise DataError(f"{path}: Feather of version 1, which is not read; save it as Parquet")
+        if head[:4] != _MORE and int.from_bytes(head[:4], "little") >= file.size():
+            raise DataError(f"{path}: not readable: no Arrow file, it begins with {head!r}; give it its right ending")
+        yield from pa.ipc.open_stream(file)
+        ended = file.tell() == file.size()
+        end = _MORE + bytes(4) if head[:4] == _MORE else bytes(4)
+        file.seek(file.size() - len(end))
+        if not ended or file.read() != end:
+            wrong = "it has no end: it is cut short, or was never closed" if ended else "more follows after its end"
+            raise DataError(f"{path}: not readable: {wrong}; write it again")
 
 
 def unpadded(row: Mapping[str, Any], schema: pa.Schema) -> dict[str, Any]:
@@ -62,7 +96,8 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _storage(kind: pa.DataType) -> pa.DataType:
-    """The type that values of an extension or dictionary type have."""
+    """The type that values of an extension, dictionary or run-end-encoded type have."""
     if isinstance(kind, pa.BaseExtensionType):
         return _storage(kind.storage_type)
-    return _storage(kind.value_type) if pa.types.is_dictionary(kind) else kind
+    encoded = pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind)
+    return _storage(kind.value_type) if encoded else kind

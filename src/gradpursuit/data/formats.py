@@ -16,7 +16,7 @@ from typing import IO, Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gradpursuit.data.arrow import unpadded
+from gradpursuit.data.arrow import record_batches, unpadded
 from gradpursuit.data.json_array import elements
 from gradpursuit.data.json_text import parse, too_deep
 from gradpursuit.errors import DataError, GradPursuitError
@@ -51,7 +51,10 @@ def count(made: Input) -> int | None:
     if made.kind == "parquet":
         with _arrow_errors(made.path), pq.ParquetFile(made.path) as file:
             return int(file.metadata.num_rows)
-    if made.kind in ("saved", "arrow"):
+    if made.kind == "arrow":
+        with _arrow_errors(made.path):
+            return sum(batch.num_rows for batch in record_batches(made.path))
+    if made.kind == "saved":
         return len(_data_set(made))
     if made.kind == "hub":
         info = getattr(_streamed(made).info, "splits", None) or {}
@@ -238,16 +241,29 @@ def _dict(table: pa.Table | pa.RecordBatch, index: int) -> dict[str, Any] | Data
     return row
 
 
+def _arrow(made: Input) -> Iterator[Numbered]:
+    if made.source.split:
+        raise DataError(f"{made.path}: has no splits, so leave out split: {made.source.split}")
+    number = 0
+    with _arrow_errors(made.path):
+        for batch in record_batches(made.path):
+            _require_sound(batch)
+            for start in range(0, batch.num_rows, _BATCH):
+                for columns in _dicts(batch.slice(start, _BATCH), made.path):
+                    number += 1
+                    yield number, columns
+
+
 def _saved(made: Input) -> Iterator[Numbered]:
     yield from _batches(_data_set(made), made.path)
 
 
 def _data_set(made: Input) -> Any:
     """A data set of the `datasets` library that lies on this disk, memory-mapped."""
-    from datasets import Dataset, DatasetDict, load_from_disk
+    from datasets import DatasetDict, load_from_disk
 
     try:
-        found = Dataset.from_file(made.path) if made.kind == "arrow" else load_from_disk(made.path)
+        found = load_from_disk(made.path)
     except FileNotFoundError as error:
         raise DataError(f"{made.path}: cannot be read: {error.filename or 'a file of it'} is not there") from None
     except Exception as error:  # of damaged folders the library raises many kinds
@@ -298,7 +314,7 @@ def _batches(data: Any, path: str) -> Iterator[Numbered]:
                 yield number, columns
 
 
-def _require_sound(table: pa.Table) -> None:
+def _require_sound(table: pa.Table | pa.RecordBatch) -> None:
     """Refuse a damaged table: Arrow reads its files as they are, and where an offset points outside the process dies.
 
     Raises:
@@ -318,7 +334,7 @@ _READERS: dict[str, Callable[[Input], Iterator[Numbered]]] = {
     "csv": _csv,
     "tsv": _csv,
     "parquet": _parquet,
-    "arrow": _saved,
+    "arrow": _arrow,
     "saved": _saved,
     "hub": _hub,
 }
