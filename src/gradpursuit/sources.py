@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections import Counter
@@ -32,6 +33,12 @@ _SUFFIXES: dict[str, Kind] = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
+_COLUMNAR = ("parquet", "arrow")
+_PACKED = (
+    *(".gz", ".bz2", ".xz", ".zst", ".zstd", ".lz4", ".lzma", ".lz", ".br", ".z", ".sz", ".snappy"),
+    *(".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".7z", ".rar"),
+)
+_FEW = 10_000  # files of a folder that are looked at for a message
 _SAVED = ("state.json", "dataset_dict.json")  # one of them is in every folder of `save_to_disk`
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -148,20 +155,42 @@ def _input(name: str, source: SourceSection) -> Input:
         )
     if path.is_dir():
         if not _is_saved(path):
-            raise DataError(
-                f"{name}: a folder, but not one that datasets.save_to_disk wrote; name the files in it, as in "
-                f"{name}/*.jsonl"
-            )
+            raise DataError(f"{name}: a folder, but not one that datasets.save_to_disk wrote; {_files_to_name(path)}")
         return Input(name, "saved", source)
     if is_hub_id(name):
         return Input(name, "hub", source)
     ending = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    packed = path.suffix if path.suffix.lower() == ".gz" and _SUFFIXES.get(ending.lower()) in _COLUMNAR else ending
+    if packed.lower() in _PACKED and path.exists():
+        raise DataError(
+            f"{name}: files that end in '{packed}' are packed or compressed and not read; unpack it first, and name "
+            f"what was in it ({', '.join(_SUFFIXES)}; text also as .gz)"
+        )
     if ending and ending.lower() not in _SUFFIXES and path.exists():
         raise DataError(
             f"{name}: files that end in '{ending}' are not read, only {', '.join(_SUFFIXES)} (text also as .gz) and "
             "folders of datasets.save_to_disk; if it is one of these, rename it"
         )
     return Input(name, _SUFFIXES.get(ending.lower(), "jsonl"), source)
+
+
+def _files_to_name(folder: Path) -> str:
+    """What to do about a folder: the glob of most of the files in it that can be read."""
+    for pattern in ("*", "**/*"):
+        few = itertools.islice(folder.glob(pattern), _FEW)
+        endings = Counter(_ending(path) for path in few if _ending(path) and path.is_file())
+        if endings:
+            (ending, _), *_ = endings.most_common(1)
+            return f"name the files in it, as in {folder}/{pattern}{ending}"
+    return f"name a file of {', '.join(_SUFFIXES)}: the folder holds none"
+
+
+def _ending(path: Path) -> str:
+    """The ending of a file that can be read by it, else nothing."""
+    inner = path.with_suffix("").suffix if path.suffix.lower() == ".gz" else path.suffix
+    packed = path.suffix if inner != path.suffix else ""
+    kind = _SUFFIXES.get(inner.lower())
+    return inner + packed if kind and not (packed and kind in _COLUMNAR) else ""
 
 
 def short_names(rows: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -141,8 +141,12 @@ def test_line_separators_inside_text(tmp_path: Path) -> None:
 
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     assert "none.jsonl: cannot be read: No such file or directory" in refused(str(tmp_path / "none.jsonl"))
-    message = refused(str(tmp_path))
-    assert "a folder, but not one that datasets.save_to_disk wrote; name the files in it, as in" in message
+    assert refused(str(tmp_path)).endswith(
+        "not one that datasets.save_to_disk wrote; name a file of .jsonl, .ndjson, "
+        ".json, .csv, .tsv, .parquet, .pq, .arrow, .feather: the folder holds none"
+    )
+    write(tmp_path, b"")
+    assert f"wrote; name the files in it, as in {tmp_path}/*.jsonl" in refused(str(tmp_path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradpursuit.data.arrow import record_batches, unpadded
+from gradpursuit.data.file_kinds import refuse_several_lines, require_kind, saved_folder
 from gradpursuit.data.json_array import elements
 from gradpursuit.data.json_text import parse, too_deep
 from gradpursuit.errors import DataError, GradPursuitError
@@ -27,6 +28,7 @@ Numbered = tuple[
     int, "dict[str, Any] | DataError"
 ]  # line (or row, without lines; from 1), and columns or what is wrong
 _BATCH = 1024  # rows of a columnar file that are in memory at a time
+_HEAD = 1 << 20  # bytes that are looked at to say what a file is
 _LONGEST = 1 << 28  # bytes of a line: a longer one is not even held
 
 
@@ -49,10 +51,13 @@ def count(made: Input) -> int | None:
         with _opened(made.path) as file:
             return sum(1 for line in file if line.strip())
     if made.kind == "parquet":
+        with _arrow_errors(made.path):
+            _require_own(made)
         with _arrow_errors(made.path), pq.ParquetFile(made.path) as file:
             return int(file.metadata.num_rows)
     if made.kind == "arrow":
         with _arrow_errors(made.path):
+            _require_own(made)
             return sum(batch.num_rows for batch in record_batches(made.path))
     if made.kind == "saved":
         return len(_data_set(made))
@@ -68,12 +73,18 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a text file, decompressed."""
     try:
         with Path(path).open("rb") as file, gzip.open(file) if path.lower().endswith(".gz") else file as plain:
+            raw = file.peek(64)[:64]
+            if not raw.startswith(b"\x1f\x8b") or plain is file:
+                require_kind(path, "text", raw)
             head = cast(io.BufferedReader, plain).peek(64)[:64]
+            if plain is not file:
+                require_kind(path, "text", head, packed=True)
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 3:
                 raise DataError(f"{path}: not UTF-8 but UTF-16, or no text; save it as UTF-8")
             yield cast(IO[bytes], plain)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file: {error}") from None
+        other = "; if it is not compressed, name it without .gz" if str(error).startswith("Not a gzipped") else ""
+        raise DataError(f"{path}: not a whole gzip file: {error}{other}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -95,9 +106,25 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _json_lines(made: Input) -> Iterator[Numbered]:
+    first = True
     with _opened(made.path) as file:
         for number, raw in _lines(file):
-            yield number, _parsed_line(raw)
+            found = _parsed_line(raw)
+            if first and isinstance(found, DataError) and raw is not None and len(raw) < _HEAD:
+                more = cast(io.BufferedReader, file).read(_HEAD)
+                refuse_several_lines(made.path, number, (raw + more).decode("utf-8", "replace"), cut=len(more) == _HEAD)
+                yield number, found
+                yield from _rest(made.path, number)
+                return
+            first = False
+            yield number, found
+
+
+def _rest(path: str, after: int) -> Iterator[Numbered]:
+    with _opened(path) as file:
+        for number, raw in _lines(file):
+            if number > after:
+                yield number, _parsed_line(raw)
 
 
 def _parsed_line(raw: bytes | None) -> dict[str, Any] | DataError:
@@ -207,11 +234,18 @@ def _said(error: Exception) -> str:
 
 def _parquet(made: Input) -> Iterator[Numbered]:
     number = 0
+    with _arrow_errors(made.path):
+        _require_own(made)
     with _arrow_errors(made.path), pq.ParquetFile(made.path) as file:
         for batch in file.iter_batches(batch_size=_BATCH):
             for columns in _dicts(batch, made.path):
                 number += 1
                 yield number, columns
+
+
+def _require_own(made: Input) -> None:
+    with Path(made.path).open("rb") as file:
+        require_kind(made.path, made.kind, file.read(64))
 
 
 def _dicts(table: pa.Table | pa.RecordBatch, path: str) -> list[dict[str, Any] | DataError]:
@@ -246,6 +280,7 @@ def _arrow(made: Input) -> Iterator[Numbered]:
         raise DataError(f"{made.path}: has no splits, so leave out split: {made.source.split}")
     number = 0
     with _arrow_errors(made.path):
+        _require_own(made)
         for batch in record_batches(made.path):
             _require_sound(batch)
             for start in range(0, batch.num_rows, _BATCH):
@@ -260,25 +295,15 @@ def _saved(made: Input) -> Iterator[Numbered]:
 
 def _data_set(made: Input) -> Any:
     """A data set of the `datasets` library that lies on this disk, memory-mapped."""
-    from datasets import DatasetDict, load_from_disk
+    from datasets import load_from_disk
 
+    folder = saved_folder(made.path, made.source.split)
     try:
-        found = load_from_disk(made.path)
+        return load_from_disk(folder)
     except FileNotFoundError as error:
         raise DataError(f"{made.path}: cannot be read: {error.filename or 'a file of it'} is not there") from None
     except Exception as error:  # of damaged folders the library raises many kinds
         raise DataError(f"{made.path}: not readable: {_said(error)}") from None
-    split = made.source.split
-    if isinstance(found, DatasetDict):
-        if split not in found:
-            asked = f"no split '{split}'" if split else "several splits"
-            raise DataError(
-                f"{made.path}: holds {asked}; give {{path: {made.path}, split: NAME}} with one of {', '.join(found)}"
-            )
-        return found[split]
-    if split:
-        raise DataError(f"{made.path}: has no splits, so leave out split: {split}")
-    return found
 
 
 def _hub(made: Input) -> Iterator[Numbered]:
