@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gradpursuit.data import IGNORE, Conversation, Rendered, Renderer, template_process
+from gradpursuit.data.schemas import recognise
 from gradpursuit.data.template_file import template_source
 from gradpursuit.errors import ConfigError, DataError, ModelError
 from gradpursuit.opening import read_config
@@ -144,6 +145,17 @@ def test_threads_and_forks_share_no_answers(base: Any) -> None:
         os._exit(int(same))
     assert os.waitpid(child, 0)[1] == 0
     assert template_process._process() is before
+
+
+@pytest.mark.parametrize("key", ["tools", "functions"])
+def test_tools_of_a_turn_come_through_or_are_refused(base: Any, key: str) -> None:
+    tool = {"type": "function", "function": {"name": "why", "parameters": {"type": "object"}}}
+    row = recognise({"messages": [{**user("why "), key: [tool]}, assistant(" because")]}, {}, "file:7")[1]
+    (refused,) = Renderer(base, chat_template=TURNS).many([row])
+    assert "leaves out the tools of turn 1 ('why'); data.chat_template takes a template" in str(refused)
+    assert "or move them to a column 'tools'" in str(refused)
+    writes = TURNS.replace("m.content }}", f"(m.{key} | tojson if m.{key} else '') + m.content }}}}")
+    assert words(base, Renderer(base, chat_template=writes).many([row])[0])[1] == "because </s>"
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])

@@ -82,6 +82,12 @@ def test_positions_count_the_messages_that_are_made() -> None:
         ({"training_detail": [{"begin_offset": 0}]}, "'training_detail' is [{'begin_offset': 0}]: by its name"),
         ({"reasoning": {"content": "hm"}}, "'reasoning' is dict, {'content': 'hm'}; expected the reasoning as text"),
         ({"thinking": ["hm"]}, "'thinking' is list, ['hm']; expected the reasoning as text"),
+        ({"reasoning_details": {"text": "hm"}}, "'reasoning_details' is dict, {'text': 'hm'}; expected the reasoning"),
+        ({"reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}, "[0] holds reasoning that is no text"),
+        ({"thinking_blocks": [{"type": "redacted_thinking", "data": "x"}]}, "'thinking_blocks'[0] holds reasoning"),
+        ({"thinking_blocks": [{"thinking": "a"}], "reasoning": "b"}, "other reasoning than 'reasoning'; keep one"),
+        ({"tools": "calculator"}, "'tools': expected a list of JSON schemas, found 'calculator'"),
+        ({"functions": ["f"]}, "'functions': expected a list of JSON schemas, found ['f']"),
     ],
 )
 def test_marks_that_cannot_be_kept_are_refused(key: dict[str, Any], part: str) -> None:
@@ -229,6 +235,26 @@ def test_reasoning_of_a_user_turn_is_noted() -> None:
     note = "key 'reasoning_content' of a turn is passed to the chat template and not read otherwise"
     assert read({**USER, "reasoning_content": "hm"}, ANSWER).notes == (note,)
     assert read(USER, {**ANSWER, "reasoning_content": "hm"}).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "blocks"),
+    [
+        ("reasoning_details", [{"type": "reasoning.text", "text": "so "}, {"summary": "so"}]),
+        ("thinking_blocks", [{"type": "thinking", "thinking": "so so", "signature": "x"}]),
+    ],
+)  # fmt: skip
+def test_reasoning_in_blocks_is_its_text(key: str, blocks: list[dict[str, str]]) -> None:
+    wanted = {**ANSWER, "reasoning_content": "so so"}
+    for value in (blocks, json.dumps(blocks)):
+        assert read(USER, {**ANSWER, key: value}).messages[1] == wanted
+        assert read(USER, {**ANSWER, key: value, "reasoning_content": " so  so"}).messages[1] == {
+            **ANSWER,
+            "reasoning_content": " so  so",
+        }
+        assert read(USER, {**ANSWER, "content": None, key: value}).messages[1] == {**wanted, "content": ""}
+    assert read(USER, {**ANSWER, key: "so so"}).messages[1] == wanted
+    assert read(USER, {**ANSWER, key: []}).notes == ()
 
 
 def test_turns_that_a_table_keeps_by_column() -> None:

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from gradpursuit.data.reasoning import REASONING
 from gradpursuit.data.schemas import Conversation, Message
-from gradpursuit.data.turns import REASONING
+from gradpursuit.data.turns import TOOLS_OF_TURN
 
 _WORD = re.compile(r"[^\W_]+")
 _TAG = re.compile(r"<[^<>\s][^<>]*>|\[/?[A-Z_]+\]")
@@ -73,6 +74,8 @@ class Marked:
 
     def _in_words(self, part: Part, *, whole: bool) -> str:
         turn, start = part.turn + 1, "the chat template leaves out"
+        if part.kind == "tool" and part.turn >= 0:
+            return f"{start} the tools of turn {turn} ('{part.text}'); {_TEMPLATE}, or move them to a column 'tools'"
         if part.kind == "tool":
             return f"{start} tools ('{part.text}'); {self._tools_advice()}"
         role = self._row.messages[part.turn]["role"]
@@ -121,6 +124,9 @@ class Marked:
         calls = message.get("tool_calls")
         if isinstance(calls, list):
             made["tool_calls"] = [self._renamed(call, turn, "call") for call in calls]
+        for key in TOOLS_OF_TURN:
+            if isinstance(message.get(key), list):
+                made[key] = [self._renamed(tool, turn, "tool") for tool in message[key]]
         return made
 
     def _text(self, turn: int, text: str, kind: Literal["content", "reasoning"]) -> str:

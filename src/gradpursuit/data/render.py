@@ -30,10 +30,10 @@ from gradpursuit.config import Turns
 from gradpursuit.data.dropped import TOO_LONG
 from gradpursuit.data.lengths import Bound
 from gradpursuit.data.limits import Limits
+from gradpursuit.data.reasoning import REASONING
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.template_file import template_source
 from gradpursuit.data.templates import Asked, ChatTemplate, Span
-from gradpursuit.data.turns import REASONING
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradpursuit.data.completeness import Marked
+from gradpursuit.data.reasoning import REASONING
 from gradpursuit.data.schemas import Conversation
 from gradpursuit.data.template_process import Request, Span, check_template, rendered
-from gradpursuit.data.turns import REASONING
 from gradpursuit.errors import DataError, ModelError
 
 if TYPE_CHECKING:
@@ -29,7 +29,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gradpursuit")
 # Keys of a message that are looked at elsewhere, or that only number it.
-_KNOWN = {"role", "content", "name", "tool_calls", "tool_call_id", "id", "weight", "train", *REASONING}
+_KNOWN = {
+    "role",
+    "content",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "id",
+    "weight",
+    "train",
+    "tools",
+    "functions",
+    *REASONING,
+}
 
 
 @dataclass(frozen=True)

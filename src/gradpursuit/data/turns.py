@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gradpursuit.data.json_text import unique
+from gradpursuit.data.reasoning import REASONING, require_text
 from gradpursuit.errors import DataError
 
 Message = Mapping[str, Any]
@@ -59,11 +60,6 @@ _MASKED = (
     "do_not_train",
 )  # the other way round
 _UNCLEAR = ("mask", "ignore")  # means either, depending on the library
-# Keys under which an assistant turn keeps what it thinks before it speaks, as text.
-REASONING = (
-    *("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "think", "think_content"),
-    *("thinking_content", "reasoning_text", "chain_of_thought", "cot", "rationale", "scratchpad", "tool_plan"),
-)
 # Any other key of such a name says something of what is learned, in a way that is not known.
 _OF_LEARNING = re.compile(
     r"(?:^|_)(?:loss|train(?:ed|ing|able)?|untrain(?:ed|able)|learn(?:ed|able|ing)?|supervis\w*|(?:un)?mask(?:ed|s)?|"
@@ -72,7 +68,8 @@ _OF_LEARNING = re.compile(
 _PARENTS = ("parent", "parent_id", "parentId")
 PAIRS = (("human", "assistant"), ("user", "assistant"), ("input", "output"))  # keys of a turn that holds two
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_READ = frozenset(("tool_calls", "tool_call_id"))
+TOOLS_OF_TURN = ("tools", "functions")  # in a turn they are read by the chat template alone
+_READ = frozenset(("tool_calls", "tool_call_id", *TOOLS_OF_TURN))
 _SPOKEN_ELSEWHERE = ("refusal", "audio", "images", "image", "videos", "video", "audios", "files", "attachments")
 
 
@@ -190,6 +187,11 @@ class Turns:
                 raise DataError(f"{where}: has both 'function_call' and 'tool_calls'; keep 'tool_calls'")
             rest["tool_calls"] = [{"type": "function", "function": parsed(rest.pop("function_call"))}]
         calls = parsed(rest.get("tool_calls"))
+        if role == "assistant":
+            require_text(rest, where)
+        for name in TOOLS_OF_TURN:
+            if rest.get(name):
+                rest[name] = _tools(rest[name], f"{where}: '{name}'")
         if content is None and (calls or any(map(rest.get, REASONING))):
             content = ""
         if not isinstance(content, str):
@@ -200,8 +202,6 @@ class Turns:
             raise DataError(f"{where}: 'tool_calls': expected a list, found {calls!r:.80}")
         if "tool_calls" in rest and calls is not None:
             rest["tool_calls"] = [_call(call, f"{where}: 'tool_calls'[{i}]") for i, call in enumerate(calls)]
-        if role == "assistant":
-            _refuse_other_reasoning(rest, where)
         self._note_unread(role, rest)
         self.messages.append({"role": role, "content": content, **rest})
 
@@ -297,17 +297,14 @@ def _speaks_of_learning(name: str, value: Any) -> bool:
     return said and bool(_OF_LEARNING.search(lowered))
 
 
-def _refuse_other_reasoning(rest: Mapping[str, Any], where: str) -> None:
-    """Refuse reasoning that is no text: a template would print it as Python does, or leave it out unseen.
-
-    Raises:
-        DataError: naming its key.
-    """
-    for name in REASONING:
-        if rest.get(name) and not isinstance(rest[name], str):
-            raise DataError(
-                f"{where}: '{name}' is {type(rest[name]).__name__}, {rest[name]!r:.60}; expected the reasoning as text"
-            )
+def _tools(value: Any, where: str) -> list[Any]:
+    found = parsed(value)
+    tools = [parsed(tool) for tool in found] if isinstance(found, list) else []
+    if not tools or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            f"{where}: expected a list of JSON schemas, found {value!r:.60}; or name it in a column 'tools'"
+        )
+    return tools
 
 
 def _unpaired(turn: Any) -> list[Any]:
