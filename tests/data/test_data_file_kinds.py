@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def zipped() -> bytes:
     return buffer.getvalue()
 
 
+def tarred() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.jsonl"))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz"])
 @pytest.mark.parametrize(
     ("content", "part"),
@@ -65,6 +73,7 @@ def zipped() -> bytes:
         (lzma.compress(ROW), "xz; decompress it first"),
         (pa.compress(ROW, "zstd", asbytes=True), "Zstandard; decompress it first"),
         (zipped(), "zip (or a spreadsheet, .xlsx); unpack it first"),
+        (tarred(), "tar; unpack it first"),
         (table_bytes("parquet"), "Parquet; give it a name that ends in .parquet"),
         (table_bytes("file"), "Arrow; give it a name that ends in .arrow"),
         (table_bytes("stream"), "Arrow; give it a name that ends in .arrow"),
@@ -95,6 +104,7 @@ def test_what_lies_in_gzip(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     for content, part in (
         (gzip.compress(gzip.compress(ROW)), "holds, compressed, gzip; decompress it, and then give it a name"),
+        (gzip.compress(tarred()), "holds, compressed, tar; unpack it first"),
         (gzip.compress(table_bytes("parquet")), "holds, compressed, Parquet; decompress it, and then"),
         (ROW, "not a whole gzip file: Not a gzipped file (b'{\"'); if it is not compressed, name it without .gz"),
     ):

@@ -46,12 +46,14 @@ def require_kind(path: str, kind: str, head: bytes, *, packed: bool = False) -> 
     Args:
         path: of the file.
         kind: as of an :class:`~gradpursuit.sources.Input`.
-        head: its first bytes.
+        head: its first 512 bytes.
         packed: whether `head` was decompressed.
 
     Raises:
         DataError: it begins as files of another format do.
     """
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path}: {'holds, compressed,' if packed else 'by its content it is'} tar; unpack it first")
     begin = head.lstrip().lower() if head.lstrip()[:1] == b"<" else head
     for magic, name, fix in _MAGIC:
         if begin.startswith(magic) and name not in _OWN.get(kind, ()):

@@ -73,12 +73,13 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     """The bytes of a text file, decompressed."""
     try:
         with Path(path).open("rb") as file, gzip.open(file) if path.lower().endswith(".gz") else file as plain:
-            raw = file.peek(64)[:64]
+            raw = file.peek(512)[:512]
             if not raw.startswith(b"\x1f\x8b") or plain is file:
                 require_kind(path, "text", raw)
-            head = cast(io.BufferedReader, plain).peek(64)[:64]
+            head = cast(io.BufferedReader, plain).peek(512)[:512]
             if plain is not file:
                 require_kind(path, "text", head, packed=True)
+            head = head[:64]
             if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or head.count(0) > len(head) // 3:
                 raise DataError(f"{path}: not UTF-8 but UTF-16, or no text; save it as UTF-8")
             yield cast(IO[bytes], plain)
@@ -245,7 +246,7 @@ def _parquet(made: Input) -> Iterator[Numbered]:
 
 def _require_own(made: Input) -> None:
     with Path(made.path).open("rb") as file:
-        require_kind(made.path, made.kind, file.read(64))
+        require_kind(made.path, made.kind, file.read(512))
 
 
 def _dicts(table: pa.Table | pa.RecordBatch, path: str) -> list[dict[str, Any] | DataError]:
