@@ -150,6 +150,12 @@ SUM = "((-1 + 2 + 9 * 5) - (-2 + -4 + -4 * -7) + 12 * 3) * 4 ="
         (SUM, f"What is {SUM.replace('* 3', '* 30')} Answer briefly."),
         (SUM.replace(" ", ""), SUM.replace(" ", "").replace("9", "8")),
         ("2x + 3y - z^2 = 4(x - 1.5) / (y + 7) ≤ 12", "2x + 3y - z^2 = 4(x - 1.5) / (y - 7) ≤ 12"),
+        (
+            r"Compute $\frac{1}{2} + \frac{3}{4} - \sqrt{16} + \frac{5}{6} - 2 \cdot 3$",
+            r"Compute $\frac{1}{2} + \frac{3}{4} - \sqrt{16} + \frac{5}{6} - 2 \cdot 4$",
+        ),
+        ("sqrt(16) + 3 * log(4) - sin(2) / cos(5) + 7 =", "sqrt(16) + 3 * log(4) - sin(2) / cos(5) + 8 ="),
+        ("１＋２＋３×４−５÷６＋７×８＝", "１＋２＋３×４−５÷６＋７×９＝"),
         ("[ [ { ( ) } ] < > ( ( [ ] ) ) { } [", "[ [ { ( ) } ] < > ( ( [ ] ) ) { } ("),
     ],
 )
@@ -164,6 +170,7 @@ def test_formulas_count_as_one_word_in_parts() -> None:
     assert with_whole_formulas(words("add (1 + 2) * x = 9 then go")) == ["add", "( 1 + 2 ) * x = 9", "then", "go"]
     assert with_whole_formulas(words("1 + 2 = 3\n4 + 5 = 9")) == ["1 + 2 = 3", "4 + 5 = 9"]
     assert with_whole_formulas(words("it is -4 or 3 5")) == ["it", "is", "-", "4", "or", "3", "5"]
+    assert with_whole_formulas(words("a sin of max 3 times")) == words("a sin of max 3 times")
     assert with_whole_formulas(words("请算 3 + 5 的和")) == ["请", "算", "3 + 5", "的", "和"]
 
 

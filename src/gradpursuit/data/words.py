@@ -71,6 +71,27 @@ _THAI_AM = regex.compile(r"\u0e4d([\u0e48-\u0e4b])")
 _HALF_WORD = regex.compile(_HALF, _FLAGS)
 _FULL_SYMBOL = regex.compile(r"\p{So}", _FLAGS)
 _OPERAND = regex.compile(r"\d+(?:[.,]\d+)*\p{L}?|[\p{Latin}\p{Greek}\p{Cyrillic}]\p{M}*\d*", _FLAGS)
+# What LaTeX and programs call operators and functions: parts of a formula, where one is.
+_NAMES = frozenset(
+    [
+        "frac",
+        "dfrac",
+        "tfrac",
+        "sqrt",
+        "cdot",
+        "times",
+        "div",
+        "mod",
+        "pm",
+        "leq",
+        "geq",
+        "neq",
+        "left",
+        "right",
+        "binom",
+    ]
+    + ["sin", "cos", "tan", "log", "ln", "exp", "abs", "min", "max", "pow", "sum", "prod", "int", "lim", "pi"]
+)
 
 
 def words(text: str) -> list[str]:
@@ -133,8 +154,8 @@ def weight(said: Sequence[str]) -> float:
 def with_whole_formulas(said: Sequence[str]) -> Sequence[str]:
     """`said` with every formula as one word: a sum that differs in one symbol is another sum, not most of the same one.
 
-    A formula is a run of at least three symbols and numbers or single letters, one of them a symbol, that ends where
-    two operands follow each other. Sequences of brackets and Morse code are such runs too.
+    A formula is a run of at least three symbols, numbers, single letters and names of functions, one of them a symbol,
+    that ends where two numbers or letters follow each other. Sequences of brackets and Morse code are such runs too.
     """
     kinds = list(map(_kind, said))
     if "symbol" not in kinds:
@@ -151,9 +172,11 @@ def with_whole_formulas(said: Sequence[str]) -> Sequence[str]:
 
 
 @lru_cache(maxsize=1 << 16)
-def _kind(word: str) -> Literal["word", "operand", "symbol"]:
+def _kind(word: str) -> Literal["word", "operand", "name", "symbol"]:
     if _OPERAND.fullmatch(word):
         return "operand"
+    if word in _NAMES:
+        return "name"
     known = word[0] == "_" or any(map(str.isalnum, word)) or _FULL_SYMBOL.match(word)
     return "word" if known else "symbol"
 
