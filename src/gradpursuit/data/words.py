@@ -73,24 +73,10 @@ _FULL_SYMBOL = regex.compile(r"\p{So}", _FLAGS)
 _OPERAND = regex.compile(r"\d+(?:[.,]\d+)*\p{L}?|[\p{Latin}\p{Greek}\p{Cyrillic}]\p{M}*\d*", _FLAGS)
 # What LaTeX and programs call operators and functions: parts of a formula, where one is.
 _NAMES = frozenset(
-    [
-        "frac",
-        "dfrac",
-        "tfrac",
-        "sqrt",
-        "cdot",
-        "times",
-        "div",
-        "mod",
-        "pm",
-        "leq",
-        "geq",
-        "neq",
-        "left",
-        "right",
-        "binom",
-    ]
-    + ["sin", "cos", "tan", "log", "ln", "exp", "abs", "min", "max", "pow", "sum", "prod", "int", "lim", "pi"]
+    (
+        *("frac", "dfrac", "tfrac", "sqrt", "cdot", "times", "div", "mod", "pm", "leq", "geq", "neq", "left", "right"),
+        *("sin", "cos", "tan", "log", "ln", "exp", "abs", "min", "max", "pow", "sum", "prod", "int", "lim", "pi"),
+    )
 )
 
 
