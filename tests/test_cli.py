@@ -143,7 +143,7 @@ def test_a_checkpoint_whose_optimizer_does_not_fit(job: Job, capsys: pytest.Capt
     name = sorted(moments)[0]
     save_file({**moments, name: moments[name][:-1].contiguous()}, path)
     message = fails(["collect", str(job.run_dir)], capsys)
-    assert f"{path}: missing, or not what 'trajectory' wrote; 'gradients' needs it: put it back" in message
+    assert f"{path}: not what 'trajectory' wrote; 'gradients' needs it: put it back" in message
     assert f"or run `gradpursuit warmup {job.run_dir}` first" in message
     manifest = Manifest(job.run_dir).read()
     outputs = manifest["stages"]["trajectory"]["outputs"]

@@ -142,7 +142,7 @@ def test_two_files_that_changed_places_are_found(run: Path) -> None:
 def test_status_names_a_file_of_another_size(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = run / "data" / "pool.parquet"
     path.write_bytes(path.read_bytes()[:-5])
-    assert f"data: {path}: missing, or not what 'data' wrote" in said(["status", str(run)], capsys)[1]
+    assert f"data: {path}: not what 'data' wrote" in said(["status", str(run)], capsys)[1]
 
 
 def test_files_of_the_user_are_no_damage(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

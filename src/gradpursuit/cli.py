@@ -338,7 +338,13 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         words, overrides = _split(argv)
     except ConfigError as error:
         parser.error(str(error))
-    return parser.parse_args(words), overrides
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; `gradpursuit VERB --help` lists the flags of a verb, "
+            "and a setting is --section.key VALUE, as in --selection.k 50"
+        )
+    return arguments, overrides
 
 
 def _add_run_dir(verb: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ from gradpursuit.config import OWN, rows_of
 from gradpursuit.errors import SelectionError
 from gradpursuit.gradient_stage import tuned_model
 from gradpursuit.manifest import SELECTION_FORMAT, digest_of
+from gradpursuit.sealed import harm
 from gradpursuit.selection_problem import choosable, opened_problem
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _subsets(run: Run, wanted: Sequence[int], folder: Path) -> dict[int, Subsets
     places = {(k, n): folder / f"{n}-{k}-{_fingerprint(run, n, k)[:12]}" for k in wanted for n in strategies}
     damaged = {cell: selection_damage(place) for cell, place in places.items() if place.exists()}
     for path in filter(None, damaged.values()):
-        logger.warning("%s: missing, or not what was written; this selection is made again", path)
+        logger.warning("%s: %s; this selection is made again", path, harm(path, "was written"))
     if lacking := [cell for cell in places if damaged.get(cell, places[cell])]:
         with opened_problem(run) as (problem, candidates):
             for k, name in lacking:

@@ -54,9 +54,9 @@ def export_with_budget(arguments: argparse.Namespace, config: RunConfig) -> None
         found = export_budget(made, request, **_given(arguments, *_MORE))
     files = [found.folder / name for name in found.figures]
     following = shlex.join(["gradpursuit", "compare", str(made.folder)])
-    sizes = {figures["rows"] for figures in found.figures.values()}
-    if found.budget.limit and len(sizes) == 1:
-        following += f" --evaluation.budgets {sizes.pop()}"
+    sizes = sorted({figures["rows"] for figures in found.figures.values()})
+    if found.budget.limit:  # each strategy's best rows, as many as one of them has here
+        following += f" --evaluation.budgets {','.join(map(str, sizes))}"
     done = Done(found.folder, files, following, found.to_json(), [export_table(found)])
     done.print(as_json=arguments.json, quiet=arguments.quiet)
 

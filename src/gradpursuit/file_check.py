@@ -14,7 +14,7 @@ from gradpursuit.errors import DamagedError, GradPursuitError, StoreError
 from gradpursuit.evaluation.journal import Journal
 from gradpursuit.export_stage import EXPORT_RECORD, export_damage
 from gradpursuit.manifest import Manifest
-from gradpursuit.sealed import digest_now, is_sealed_text
+from gradpursuit.sealed import digest_now, harm, is_sealed_text
 from gradpursuit.stages import STAGES
 from gradpursuit.store import GradientStore
 
@@ -73,7 +73,7 @@ def _check_own(folder: Path, stages: dict[str, Any] | None, found: FileCheck) ->
     again = shlex.join(["gradpursuit", "run", "YOUR.yaml", "--run-dir", str(folder)])
     if not is_sealed_text(config):
         found.problems.append(
-            f"{config}: missing, or not what the run wrote; put it back from a copy, or move it away and run `{again}` "
+            f"{config}: {harm(config, 'the run wrote')}; put it back from a copy, or move it away and run `{again}` "
             "with the file that the run was begun with"
         )
     elif stages and digest_now(config) != Manifest(folder).config_digest():
@@ -83,7 +83,7 @@ def _check_own(folder: Path, stages: dict[str, Any] | None, found: FileCheck) ->
         )
     if not marker.is_whole(folder):
         found.problems.append(
-            f"{name}: missing, or not what the run wrote; put it back from a copy, or delete it: the next command "
+            f"{name}: {harm(name, 'the run wrote')}; put it back from a copy, or delete it: the next command "
             "writes another (a store elsewhere that belongs to the run is then refused)"
         )
 
@@ -95,7 +95,8 @@ def _check_stage_files(folder: Path, stages: dict[str, Any] | None, found: FileC
         for name, digest in entry.get("outputs", {}).items():
             found.known.add(folder / name)
             if digest_now(folder / name) != digest:
-                found.problems.append(f"{folder / name}: missing, or not what '{stage}' wrote; run `{again}`")
+                wrong = harm(folder / name, f"'{stage}' wrote")
+                found.problems.append(f"{folder / name}: {wrong}; run `{again}`")
     results = folder / "evaluation" / "results.jsonl"
     if results not in found.known and results.is_file():  # of a comparison that is not finished: each line knows
         for line in Journal(results, quiet=True).broken:
@@ -117,7 +118,7 @@ def _check_exports(folder: Path, found: FileCheck) -> None:
             continue
         found.known |= {export / EXPORT_RECORD, *export.rglob("*")}
         again = shlex.join(["gradpursuit", "export", str(folder), *flags])
-        found.problems += [f"{path}: missing, or not what was exported; run `{again}`" for path in changed]
+        found.problems += [f"{path}: {harm(path, 'was exported')}; run `{again}`" for path in changed]
 
 
 def _check_targets(folder: Path, found: FileCheck) -> None:
@@ -142,10 +143,8 @@ def _check_targets(folder: Path, found: FileCheck) -> None:
             for name, digest in entry.get("outputs", {}).items():
                 found.known.add(path / name)
                 if digest_now(path / name) != digest:
-                    found.problems.append(
-                        f"{path / name}: missing, or not what '{stage}' of target '{path.name}' wrote; run "
-                        f"`{shlex.join(words)}`"
-                    )
+                    wrong = harm(path / name, f"'{stage}' of target '{path.name}' wrote")
+                    found.problems.append(f"{path / name}: {wrong}; run `{shlex.join(words)}`")
 
 
 def _check_stores(folder: Path, found: FileCheck, checked: Collection[Path], again: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradpursuit.errors import RunError
-from gradpursuit.sealed import digest_now
+from gradpursuit.sealed import digest_now, harm
 
 if TYPE_CHECKING:
     from gradpursuit.pipeline import Run
@@ -21,8 +21,15 @@ _CHECKED_BY_LINE = "results.jsonl"
 
 def told(paths: Sequence[Path], stage: str) -> str:
     """The files of a stage that are damaged, as one sentence."""
+    found: dict[str, list[Path]] = {}
+    for path in paths:
+        found.setdefault(harm(path, f"'{stage}' wrote"), []).append(path)
+    return "; ".join(f"{_listed(some)}: {wrong}" for wrong, some in found.items())
+
+
+def _listed(paths: Sequence[Path]) -> str:
     more = f" and {len(paths) - _NAMED} more files" if len(paths) > _NAMED else ""
-    return f"{', '.join(map(str, paths[:_NAMED]))}{more}: missing, or not what '{stage}' wrote"
+    return f"{', '.join(map(str, paths[:_NAMED]))}{more}"
 
 
 def stage_damage(run: Run, stage: str) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import time
 from collections.abc import Mapping
@@ -91,6 +92,11 @@ def is_sealed_text(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(line) and content == sealed_text(text).encode()
+
+
+def harm(path: Path, wrote: str) -> str:
+    """What has happened to a file that is not what it should be: "missing", or that it is not what `wrote` says."""
+    return f"not what {wrote}" if os.path.lexists(path) else "missing"
 
 
 def digest_now(path: Path) -> str | None:

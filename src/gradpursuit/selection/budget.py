@@ -54,7 +54,7 @@ class BudgetRequest(Section):
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given together: give one of them")
         if self.count == "total" and self.tokens is None:
-            raise ValueError("count says which tokens a budget of tokens counts: give tokens too")
+            raise ValueError("count (--count) says which tokens of a budget count: give tokens (--tokens N) too")
         shares = [value for bounds in (self.min_per_source, self.max_per_source) for value in bounds.values()]
         if any(isinstance(value, float) for value in shares) and given not in (["k"], ["fraction"]):
             raise ValueError("a share for a source is one of a number of rows: give k or fraction, or counts instead")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gradpursuit.data import Row, Table
 from gradpursuit.errors import DamagedError, RunError
 from gradpursuit.files import read_json, sha256_of, write_atomic, write_json
-from gradpursuit.sealed import digest_now, read_sealed, write_sealed
+from gradpursuit.sealed import digest_now, harm, read_sealed, write_sealed
 from gradpursuit.selection.base import Selection
 from gradpursuit.sources import short_names
 
@@ -76,7 +76,7 @@ def read_selection(folder: Path, pool: Table) -> list[Selection]:
         RunError: its ids are not those of the pool.
     """
     if damaged := selection_damage(folder):
-        raise DamagedError(damaged, "missing, or not what was written", "run the selection again")
+        raise DamagedError(damaged, harm(damaged, "was written"), "run the selection again")
     chosen, kept = _columns(folder / "selection.parquet"), _columns(folder / "path.parquet")
     evidence = read_json(folder / "path.json")
     ids = pool.ids

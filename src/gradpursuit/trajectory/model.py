@@ -213,7 +213,8 @@ def _source(config: ModelSection) -> tuple[str, dict[str, Any]]:
         )
     looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
     if looks_local or not config.path:
-        raise ModelError(f"model.path '{config.path}': no such folder; give a folder, a GGUF file or a hub id")
+        found = "" if path.is_absolute() else f" ({path.absolute()}, as paths go from the folder the command runs in)"
+        raise ModelError(f"model.path '{config.path}': no such folder{found}; give a folder, a GGUF file or a hub id")
     options: dict[str, Any] = {"revision": config.revision} if config.revision else {}
     if not hub_can_be_asked():
         options["local_files_only"] = True  # what the hub's cache holds is used; the rest fails at once
