@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ import pytest
 
 from gradpursuit import aside
 from gradpursuit.aside import before, recover, replacing, settled, unfinished
-from gradpursuit.files import write_folder, write_text
+from gradpursuit.errors import RunError
+from gradpursuit.files import write_folder, write_json, write_text
 from gradpursuit.lock import RunLock
+from gradpursuit.store.owner import claim
 
 # One replacement of everything that can be replaced, which kills itself before its n-th rename, deletion or sync.
 SCRIPT = """
@@ -154,8 +157,6 @@ def test_files_of_the_user_in_a_folder_that_is_replaced_are_kept(tmp_path: Path)
 
 @pytest.mark.parametrize("name", [aside.OPEN, aside.DONE])
 def test_a_damaged_list_of_what_was_set_aside_is_named_and_nothing_is_deleted(tmp_path: Path, name: str) -> None:
-    from gradpursuit.errors import RunError
-
     root = old_run(tmp_path)
     before(root / "selection").mkdir()
     write_text(root / name, '{"places": 3}')
@@ -163,6 +164,57 @@ def test_a_damaged_list_of_what_was_set_aside_is_named_and_nothing_is_deleted(tm
         recover(root)
     assert before(root / "selection").is_dir()
     assert (root / "selection/a").is_file()
+
+
+@pytest.mark.parametrize("name", [aside.OPEN, aside.DONE])
+@pytest.mark.parametrize("named", ["../victim", "{}/victim", "link/victim", ".", "selection/../../victim"])
+def test_what_a_stranger_lists_as_set_aside_is_not_touched_outside_of_the_run(
+    tmp_path: Path, name: str, named: str
+) -> None:
+    root, victim = old_run(tmp_path / "run"), tmp_path / "victim"
+    for folder in (victim, before(victim)):
+        write_text(folder / "thesis.txt", "years")
+    (root / "link").symlink_to(tmp_path)
+    place = {"path": named.format(tmp_path), "there": False, "copied": False}
+    write_json(root / name, {"what": "data", "keep_unfinished": False, "places": [place], "files": {}})
+    with pytest.raises(RunError, match="no place where this run alone writes"):
+        recover(root)
+    assert (victim / "thesis.txt").is_file()
+    assert (before(victim) / "thesis.txt").is_file()
+    assert (root / name).is_file()
+
+
+def test_what_a_stranger_lists_as_files_is_not_written_outside_of_the_run(tmp_path: Path) -> None:
+    root, victim = old_run(tmp_path / "run"), tmp_path / "thesis.txt"
+    victim.write_text("years")
+    for text in ("gone", None):
+        value = {"what": "data", "keep_unfinished": False, "places": [], "files": {"../thesis.txt": text}}
+        write_json(root / aside.OPEN, value)
+        with pytest.raises(RunError, match="none of the run's"):
+            recover(root)
+    assert victim.read_text() == "years"
+
+
+def test_work_set_aside_in_a_store_elsewhere_comes_back_for_its_owner_alone(tmp_path: Path) -> None:
+    store, kinds = tmp_path / "store", tmp_path / "store/pool/adam"
+    roots = [old_run(tmp_path / name) for name in ("owner", "other")]
+    for root in roots:
+        with RunLock(root):
+            pass
+    claim(store, roots[0])
+    place = {"path": str(kinds), "there": True, "copied": False}
+    for root in roots:
+        write_json(root / aside.OPEN, {"what": "gradients", "keep_unfinished": False, "places": [place], "files": {}})
+    write_text(before(kinds) / "shard", "old")
+    write_text(kinds / "shard", "new")
+    with pytest.raises(RunError, match="no place where this run alone writes"):
+        recover(roots[1])
+    assert (kinds / "shard").read_text() == "new"
+    shutil.copytree(roots[0], tmp_path / "copy")
+    with pytest.raises(RunError, match="no place where this run alone writes"):
+        recover(tmp_path / "copy")
+    recover(roots[0])
+    assert (kinds / "shard").read_text() == "old"
 
 
 def test_a_folder_killed_while_it_is_swapped_is_found_again(tmp_path: Path) -> None:
@@ -177,8 +229,6 @@ def test_a_folder_killed_while_it_is_swapped_is_found_again(tmp_path: Path) -> N
 
 
 def test_a_full_disk_brings_the_old_work_back(small_disk: Path) -> None:
-    from gradpursuit.errors import RunError
-
     root = old_run(small_disk / "run")
 
     def fail() -> None:

@@ -305,3 +305,22 @@ def test_sealed_files(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(sealed_text("a: 1\n").replace("a: 1", "a: 2"))
     assert not is_sealed_text(tmp_path / "c.yaml")
     assert Manifest(tmp_path / "none").read()["stages"] == {}
+
+
+@pytest.mark.parametrize("name", ["../victim", "{}/victim", "evaluation/../../victim"])
+def test_a_manifest_of_a_stranger_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
+    entry = {"state": "complete", "fingerprint": "", "outputs": {name.format(tmp_path): "00"}, "sizes": {}}
+    write_sealed(tmp_path / "run" / "manifest.json", {"format": 2, "stages": {"evaluation": entry}})
+    with pytest.raises(DamagedError, match="lies outside of its folder"):
+        Manifest(tmp_path / "run").read()
+
+
+def test_a_damaged_file_behind_a_link_is_not_deleted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = run.with_name("own")
+    own.mkdir()
+    (own / "table.md").write_text("mine")
+    shutil.rmtree(run / "evaluation")
+    (run / "evaluation").symlink_to(own)
+    assert main(["compare", str(run), "--evaluation.seeds", "1"]) == 2
+    assert "a link leads there: move it away" in capsys.readouterr().err
+    assert (own / "table.md").read_text() == "mine"

@@ -24,6 +24,7 @@ from gradpursuit.errors import GradPursuitError, RunError
 
 logger = logging.getLogger("gradpursuit")
 OPEN, DONE = ".replacing.json", ".replaced.json"
+_FILES = {"config.yaml", "manifest.json"}  # that change with what is replaced
 _open: list[Replacement] = []
 
 
@@ -140,7 +141,7 @@ def replacing(root: Path, what: str, files: Sequence[Path], *, keep_unfinished: 
     except BaseException as error:
         refused = isinstance(error, GradPursuitError) and not isinstance(error, RunError)
         try:
-            recover(root, keep_unfinished=not refused)
+            recover(root, keep_unfinished=not refused, own=True)
         except (OSError, GradPursuitError) as again:  # a full disk, say: whoever takes the lock next tries again
             logger.warning("%s: %s was set aside and comes back with the next command (%s)", root, what, again)
         raise
@@ -155,19 +156,27 @@ def set_aside(place: Path) -> bool:
     return bool(_open)
 
 
-def recover(root: Path, *, keep_unfinished: bool = True) -> None:
+def recover(root: Path, *, keep_unfinished: bool = True, own: bool = False) -> None:
     """Put back what a replacement that did not end well had set aside, or finish one that did.
 
     What was begun is kept where that was asked for, unless settings were refused, with which nothing can go on.
+
+    Args:
+        root: of the run.
+        keep_unfinished: whether anything can go on.
+        own: this process wrote the names; those of a file that was found are obeyed only where the run writes.
+
+    Raises:
+        RunError: what names the work that was set aside is damaged, or leads out of the run.
     """
     if (root / OPEN).is_file() and not (root / OPEN).is_symlink():
-        value = _read(root / OPEN)
+        value = _read(root, OPEN, own)
         value["keep_unfinished"] = keep_unfinished and value.get("keep_unfinished", False)
         _undo(root, value)
         if value["places"]:
             logger.warning("%s: '%s' was not made again to its end; what it was before is back", root, value["what"])
     if (root / DONE).is_file() and not (root / DONE).is_symlink():
-        _finish(root, _read(root / DONE))
+        _finish(root, _read(root, DONE, own))
 
 
 def is_interrupted(root: Path) -> bool:
@@ -235,16 +244,36 @@ def _text(path: Path) -> str | None:
     return path.read_bytes().decode("utf-8", "surrogateescape") if path.is_file() else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(root: Path, name: str, own: bool) -> dict[str, Any]:
+    path = root / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         places, files = value["places"], value["files"]
         if not all(isinstance(entry["path"], str) for entry in places) or not isinstance(files, dict):
             raise TypeError("of another form")
+        if not set(files) <= _FILES or not all(isinstance(text, str | None) for text in files.values()):
+            raise ValueError("it names files that are none of the run's")
+        if outside := [entry["path"] for entry in places if not own and not _is_ours(root, entry["path"])]:
+            raise ValueError(f"it names '{outside[0]}', which is no place where this run alone writes")
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise RunError(
-            f"{path}: damaged or unreadable ({error}). It names work that was set aside, which lies in folders "
-            "'.NAME.gradpursuit-before': give each its NAME again, then move this file away"
+            f"{path}: damaged or unreadable ({error}); nothing was changed. It names work that was set aside, which "
+            "lies in folders '.NAME.gradpursuit-before': give each its NAME again, then move this file away"
         ) from None
     found: dict[str, Any] = value
     return found
+
+
+def _is_ours(root: Path, name: str) -> bool:
+    """Whether only this run writes at a place: in its folder, no link on the way, or in a store elsewhere that it owns.
+
+    A run folder may come from a stranger, and what it names is deleted.
+    """
+    from gradpursuit.store.owner import is_owner
+
+    parts, above = Path(name).parts, (root / name).parent
+    if ".." in parts or not parts or "\0" in name:
+        return False
+    if Path(name).is_absolute():
+        return any(is_owner(folder, root) for folder in (above.resolve(), *above.resolve().parents))
+    return above.resolve() == root.resolve().joinpath(*parts[:-1])

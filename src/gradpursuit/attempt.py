@@ -71,6 +71,8 @@ def run_stage(run: Run, stage: Stage, fingerprint: str, state: State) -> None:
 
 def _fill(run: Run, stage: Stage, fingerprint: str, emptied: Sequence[Path]) -> None:
     for path in kept_damage(run, stage):  # what is kept is recorded as right again
+        if path.is_dir() or path.parent.resolve() != run.folder.resolve() / path.parent.relative_to(run.folder):
+            raise RunError(f"{path}: a folder has the name of this file, or a link leads there: move it away")
         discard(path)
     config = sealed_text(run.config.dump())
     write_text(run.folder / "config.yaml", config)

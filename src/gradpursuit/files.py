@@ -193,6 +193,7 @@ def _way_on(error: OSError) -> str:
         errno.ENOTDIR: "a file has the name of a folder on the way there: move it away",
         errno.ELOOP: "a symbolic link stands in its place and is not followed: move the link away",
         errno.EMLINK: "the file has a second name elsewhere and is not written: move it away",
+        errno.ENAMETOOLONG: "the path or a name in it is longer than names may be: choose a shorter one",
         errno.EIO: "the disk has failed to read or write: look at the log of the system",
     }
     return ways.get(

@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -61,6 +61,8 @@ class Manifest:
                 f"{self.path}: of format {value.get('format')!r}, of a later gradpursuit; this one reads format "
                 f"{FORMAT}. Install that version, or choose another run folder (--run-dir)"
             )
+        if outside := [name for name in _named(value) if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise DamagedError(self.path, f"it names '{outside[0]}', which lies outside of its folder", self._fix)
         return value
 
     def entry(self, stage: str) -> dict[str, Any]:
@@ -160,6 +162,12 @@ class Manifest:
 def digest_of(value: Any) -> str:
     """sha256 (hex) of a JSON value, for fingerprints."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _named(value: dict[str, Any]) -> Iterator[str]:
+    """The files that the stages wrote; whoever reads the manifest opens them, and may replace them."""
+    for entry in value["stages"].values():
+        yield from (*entry.get("outputs", ()), *entry.get("sizes", ()))
 
 
 def _refuse_old(path: Path, value: Any) -> None:

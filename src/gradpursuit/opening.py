@@ -10,10 +10,10 @@ from pathlib import Path
 from gradpursuit import marker
 from gradpursuit.aside import is_interrupted
 from gradpursuit.config import RunConfig, load_config
-from gradpursuit.errors import DamagedError, RunError
+from gradpursuit.errors import ConfigError, DamagedError, RunError
 from gradpursuit.lock import RunLock, holder
 from gradpursuit.manifest import Manifest
-from gradpursuit.remote import absolute
+from gradpursuit.remote import absolute, is_url
 from gradpursuit.remote import located as located_place
 from gradpursuit.sealed import is_sealed_text
 from gradpursuit.sources import located
@@ -90,7 +90,7 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     located_files = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
     return config.model_copy(
         update={
-            "run_dir": _absolute(config.run_dir or f"runs/{path.stem}"),
+            "run_dir": _run_dir(config.run_dir or f"runs/{path.stem}"),
             "data": data.model_copy(update={**located_files, "chat_template": _template(data.chat_template)}),
             "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
@@ -120,6 +120,17 @@ def _refuse_changed(path: Path) -> None:
 
 def _absolute(path: str) -> str:
     return str(absolute(path))
+
+
+def _run_dir(text: str) -> str:
+    if is_url(text):
+        raise ConfigError(
+            f"run_dir '{text}': a run folder lies on a disk; only gradients.store may be a URL. Name a folder"
+        )
+    path = absolute(text)
+    if not path.name:
+        raise ConfigError(f"run_dir '{text}': the root of a file system is no run folder; name a folder in it")
+    return str(path)
 
 
 def _template(value: str | None) -> str | None:

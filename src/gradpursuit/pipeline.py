@@ -29,7 +29,7 @@ from gradpursuit.plugins import used_distributions
 from gradpursuit.sealed import is_sealed_text, sealed_text
 from gradpursuit.spread import check_engine
 from gradpursuit.stages import STAGES, Stage
-from gradpursuit.targets import Target, targets
+from gradpursuit.targets import Target, refuse_unknown, targets
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,6 +91,7 @@ class Run:
             check(self)
             refuse_inputs_within(self)
             refuse_damaged_inputs(self)
+            refuse_unknown(self, upto)
             self._restore_config()
             for stage in STAGES[begin : names.index(upto) + 1]:
                 refuse_foreign(self, stage)

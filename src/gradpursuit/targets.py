@@ -199,6 +199,27 @@ def targets(run: Run) -> Iterator[Target]:
             logger.warning("%s: %s; it is passed over", path.parent, error)
 
 
+def refuse_unknown(run: Run, upto: str) -> None:
+    """See that the targets that the stages up to `upto` go by were added, before any work that leads to them.
+
+    Raises:
+        RunError: one was not; the commands that add it are named.
+    """
+    config, wanted = run.config, list[tuple[str, str]]()
+    if upto in ("selection", "export", "evaluation", "report") and config.selection.target:
+        wanted.append(("selection.target", config.selection.target))
+    if upto in ("evaluation", "report"):
+        wanted += [("evaluation.targets", name) for name in config.evaluation.targets if name != OWN]
+    for key, name in wanted:
+        target = Target(run, name)
+        if not target.manifest.entry("data") and not run.manifest.has_finished("gradients"):
+            collect = shlex.join(["gradpursuit", "collect", *run.words])
+            raise RunError(
+                f"{key}: '{name}' was not added to this run, and can be when its gradients are collected; run "
+                f"`{collect}`, then `{target.command()}`, then this again, or leave '{name}' out"
+            )
+
+
 def add_target(run: Run, name: str, files: TargetFiles, *, replace: bool = False) -> Target:
     """Clean the files of a target and compute its features; finished work with the same content is kept.
 

@@ -14,6 +14,7 @@ from gradpursuit.errors import ConfigError
 _MOST_BYTES = 4 * 2**20
 _MOST_VALUES = 100_000
 _DEEPEST = 50
+_MOST_DIGITS = 400
 
 
 def read_tree(path: Path) -> dict[str, Any]:
@@ -131,6 +132,8 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         """A whole number; `010`, which YAML reads as 8, and `1:30`, which it reads as 90, are refused."""
         text = str(node.value)
+        if len(text) > _MOST_DIGITS:
+            raise ConfigError(f"line {node.start_mark.line + 1}: a number of {len(text):,} digits, which no setting is")
         value = int(super().construct_yaml_int(node))
         if ":" in text or (len(digits := text.lstrip("+-")) > 1 and digits[0] == "0" and digits[1].isdigit()):
             line = node.start_mark.line + 1

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gradpursuit.config import LoraSection, ModelSection
-from gradpursuit.errors import ModelError, TrajectoryError
+from gradpursuit.errors import ConfigError, ModelError, TrajectoryError
 from gradpursuit.trajectory.followed import followed_layers
 from gradpursuit.trajectory.model import load_model, trainable
 from gradpursuit.trajectory.tuning import adapter_settings, tuned
@@ -97,6 +97,28 @@ def test_layers_that_cannot_be_followed(base: Any, pattern: str, message: str) -
     with pytest.raises(ModelError, match=message), tuned(base, ModelSection(path="x", layers=pattern), 0):
         pass
     assert not any(p.requires_grad for p in base.parameters())
+
+
+@pytest.mark.parametrize("settings", [{"layers": r"([\w.]+)*!"}, {"lora": LoraSection(target_modules=r"([\w.]+)*!")}])
+def test_an_expression_that_would_take_forever_is_refused(
+    base: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradpursuit.trajectory.expressions._SECONDS", 1.0)
+    with pytest.raises(ConfigError, match="takes more than 1 s"), tuned(base, ModelSection(path="x", **settings), 0):
+        pass
+    with tuned(base, ModelSection(path="x", lora=LoraSection(target_modules=r".*\.(q|v)_proj")), 0) as model:
+        assert {name.split(".")[-3] for name in trainable(model)} == {"q_proj", "v_proj"}
+
+
+def test_the_ranks_of_a_stranger_that_would_take_forever_are_refused(
+    base: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradpursuit.trajectory.expressions._SECONDS", 1.0)
+    settings = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"], "rank_pattern": {r"([\w.]+)*!": 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="adapter_config.json: this regular expression takes more than 1 s"):
+        with tuned(base, ModelSection(path="x"), 0, tmp_path):
+            pass
 
 
 @pytest.mark.parametrize("modules", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])

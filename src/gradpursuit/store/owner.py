@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpursuit import durable, marker
-from gradpursuit.errors import StoreError
+from gradpursuit.errors import RunError, StoreError
 from gradpursuit.files import exists, read_json, write_json
 from gradpursuit.remote import is_remote, reaching, require_reached
 
@@ -55,6 +55,18 @@ def claim(store: Path, run: Path) -> None:
             "gradients.store of its own (a copy of this one, if its features are to be kept)"
         )
     write_json(store / NAME, mine)
+
+
+def is_owner(folder: Path, run: Path) -> bool:
+    """Whether a folder on a disk is a store that the run in the folder `run` owns; a copy of that run does not."""
+    with suppress(OSError, RunError):
+        found = read_json(folder / NAME) if (folder / NAME).is_file() else None
+        mine = marker.known_id(run)
+        if isinstance(found, dict) and mine is not None and found.get("run") == mine:
+            return all(isinstance(found.get(key), str) for key in ("folder", "host")) and not _is_still_there(
+                found, run
+            )
+    return False
 
 
 _WAY_ON = f"If that run is gone for good and its features may be replaced, move {NAME} away and run again"

@@ -15,6 +15,7 @@ from torch import nn
 from gradpursuit.config import LoraSection, ModelSection
 from gradpursuit.errors import ConfigError, ModelError, is_out_of_memory
 from gradpursuit.hub import hub_can_be_asked
+from gradpursuit.trajectory.expressions import check_time, repeats
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -46,7 +47,7 @@ class Compute:
             device = torch.device(name)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            reason = str(error).splitlines()[0].partition(". ")[0][:200]
             raise ConfigError(f"model.device '{config.device}' cannot be used here: {reason}") from None
         if device.type == "meta":
             raise ConfigError(f"model.device '{config.device}': it holds no numbers; give auto, cpu or cuda")
@@ -155,6 +156,7 @@ def attach_peft(model: PreTrainedModel, lora: LoraConfig, seed: int, origin: str
     """As :func:`attach_lora`, with the settings that `peft` itself uses; `origin` names them in messages."""
     from peft import get_peft_model
 
+    check_time(_expressions(lora), [name for name, _ in model.named_modules()], origin)
     torch.manual_seed(seed)
     try:
         adapted = get_peft_model(model, lora)
@@ -168,6 +170,13 @@ def attach_peft(model: PreTrainedModel, lora: LoraConfig, seed: int, origin: str
     if not any(parameter.requires_grad for parameter in adapted.parameters()):
         raise ModelError(f"{type(model).__name__} has no linear layers to put a LoRA adapter on")
     return adapted
+
+
+def _expressions(lora: LoraConfig) -> list[str]:
+    """The settings that `peft` takes for regular expressions, as it completes them."""
+    named = [value for value in (lora.target_modules, lora.exclude_modules) if isinstance(value, str)]
+    keys = [key for key in (*(lora.rank_pattern or ()), *(lora.alpha_pattern or ())) if repeats(key)]
+    return named + [rf"(.*\.)?({key})" for key in keys]
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,6 +14,7 @@ from torch import nn
 from gradpursuit.config import ModelSection
 from gradpursuit.errors import ModelError, RunError, TrajectoryError
 from gradpursuit.files import read_json
+from gradpursuit.trajectory.expressions import check_time
 from gradpursuit.trajectory.followed import embedding_weights, followed_layers, is_linear
 from gradpursuit.trajectory.model import attach_lora, attach_peft
 
@@ -83,6 +84,7 @@ def _layers(base: PreTrainedModel, pattern: str) -> Iterator[None]:
 
 def _matching(base: PreTrainedModel, pattern: str) -> list[nn.Parameter]:
     """Weights of the linear layers whose names match; everything else that matches is an error."""
+    check_time([pattern], [name for name, _ in base.named_modules()], f"model.layers = {pattern!r}")
     matches = {name: module for name, module in base.named_modules() if name and re.fullmatch(pattern, name)}
     holders = {name: module for name, module in matches.items() if next(module.parameters(recurse=False), None)
                is not None}  # fmt: skip
