@@ -24,6 +24,11 @@ for _threads in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS"):
     os.environ.setdefault(_threads, "1")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """No bytes in the names of tests: what is compressed at collection holds the time, and the workers would differ."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _settled() -> None:
     """What is there when a module begins is no garbage.

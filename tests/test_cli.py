@@ -71,13 +71,15 @@ def test_version_and_lazy_names(capsys: pytest.CaptureFixture[str]) -> None:
         (["ruin"], "invalid choice: 'ruin'"),
         ([], "required: VERB"),
         (["run", "x.yaml", "--selection.k"], "'--selection.k' has no value"),
-        (["run", "x.yaml", "--colour"], "unrecognized arguments: --colour"),
+        (["run", "x.yaml", "--colour"], "unrecognized arguments: --colour; `gradpursuit VERB --help` lists the flags"),
         (["quickstart", "--selection.kk", "3"], "unknown key 'kk' in section 'selection'; did you mean 'k'?"),
         (["quickstart", "--selection.strategies", "[gtp, lest]"], "unknown strategy 'lest'; did you mean 'less'?"),
         (["quickstart", "--warmup.fraction", "2"], "--warmup.fraction: 'warmup.fraction' = 2"),
         (["target"], "required: add|list"),
         (["target", "add", "x"], "required: --name, --file"),
         (["target", "list", "nowhere"], "nowhere: no such folder"),
+        (["quickstart", "--run-dir", "s3://bucket/run"], "run_dir 's3://bucket/run': a run folder lies on a disk"),
+        (["quickstart", "--run-dir", "/"], "run_dir '/': the root of a file system is no run folder; name a folder in"),
     ],
 )
 def test_wrong_commands(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +100,8 @@ def test_wrong_configurations(job: Job, capsys: pytest.CaptureFixture[str]) -> N
         (["--model.device", "warp9"], "model.device 'warp9' cannot be used here"),
         (["--model.lora.target_modules", "nothing_like_it"], "target_modules='nothing_like_it'"),
         (["--warmup.checkpoints", "500"], "raise warmup.fraction or warmup.epochs"),
+        (["--evaluation.targets", "own,law"], "evaluation.targets: 'law' was not added to this run, and can be when"),
+        (["--selection.target", "law"], "selection.target: 'law' was not added to this run, and can be when"),
         (["--data.max_tokens", "9"], "6 of 6 rows of the target cannot be used (6 × longer than max_tokens"),
     ):
         assert words in fails([*run, *setting], capsys)
@@ -108,10 +112,11 @@ def test_wrong_configurations(job: Job, capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("pool", None, "pool.jsonl: cannot be read: No such file or directory"),
+        ("pool", None, "pool.jsonl: no such file for the pool; correct the path: a relative one goes from the folder"),
         ("pool", '{"prompt": "a", "completion": "b"}\n{"prompt": \n', "the cleaned pool has only 1 examples"),
         ("pool", '{"question": "a", "answer": "b"}\n', "pool.jsonl:1: columns found: 'question', 'answer'; expected"),
         ("pool", '{"prompt": "a", "completion": "b", "rank": 1}\n', "pool.jsonl:1: the column 'rank'"),
+        ("heldout", None, "heldout.jsonl: no such file for the heldout; correct the path"),
         ("target", "", "target.jsonl: holds no examples"),
         ("target", '["a"]\n', "target.jsonl:1: expected a JSON object, found list"),
         ("heldout", '{"messages": [{"role": "user", "content": "a"}]}\n', "1 × no supervised token"),

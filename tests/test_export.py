@@ -131,6 +131,8 @@ def test_tokens_sources_repeats_and_the_folder(
         message = refused(exported, capsys, "--k", "4", "--out", str(tmp_path / "out"))
         assert f"{tmp_path / 'out' / name}: no file of this export; move it elsewhere" in message
         (tmp_path / "out" / name).unlink()
+    for place in ("s3://bucket/out", "hf:/x"):
+        assert "an export lies on a disk; name a folder" in refused(exported, capsys, "--k", "4", "--out", place)
     for inside in ("", "data", "selection/gtp", "gradients/x"):
         message = refused(exported, capsys, "--k", "4", "--out", str(exported.run_dir / inside))
         assert "the run writes here itself; choose another folder (--out)" in message
@@ -149,7 +151,10 @@ def test_tokens_sources_repeats_and_the_folder(
         (["--fraction", "0.9"], "the budget is 46 rows, but the selection holds only 16"),
         (["--tokens", "1"], "its best row alone has"),
         (["--k", "4", "--tokens", "9"], "k and tokens are given together: give one of them"),
-        (["--k", "4", "--count", "total"], "count says which tokens a budget of tokens counts: give tokens too"),
+        (
+            ["--k", "4", "--count", "total"],
+            "count (--count) says which tokens of a budget count: give tokens (--tokens N) too",
+        ),
         (["--fraction", "1.5"], "'export.fraction' = 1.5"),
         (["--max-per-source", "sum=3"], "source 'sum': no source of the pool has that name; did you mean 'sums'?"),
         (["--k", "4", "--repeats", "3"], "a repeats file of 3 rows cannot hold the 4 chosen ones"),

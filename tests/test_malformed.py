@@ -170,6 +170,13 @@ def test_the_line_is_named(tmp_path: Path) -> None:
     assert second.startswith(f"{path}:6: unknown key 'epocs' in section 'warmup'; did you mean 'epochs'?")
 
 
+def test_a_number_of_many_digits_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: {{path: m}}\nseed: {'9' * 5000}\n")
+    with pytest.raises(ConfigError, match="line 2: a number of 5,000 digits, which no setting is"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(("text", "meant"), [("010", "8"), ("1:30", "90")])
 def test_numbers_that_are_not_what_they_look_like(text: str, meant: str, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"

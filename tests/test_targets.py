@@ -192,7 +192,7 @@ def test_a_finished_run_needs_its_input_files_no_more(
     assert main(["target", "add", str(run), *words]) == 0
     assert f"note: not there any more: {other}; what was made of it is used" in capsys.readouterr().err
     assert main(["target", "add", str(run), "--name", "again", "--file", str(other)]) == 2
-    assert "other.jsonl: cannot be read" in capsys.readouterr().err
+    assert "other.jsonl: no such file for the target" in capsys.readouterr().err
 
     data = contents(run / "data")
     assert main(["warmup", str(run), "--data.max_tokens", "500"]) == 2
@@ -322,7 +322,7 @@ def test_mistakes_leave_nothing_behind(run: Path, template: Job, capsys: pytest.
 
     (template.folder / "empty.jsonl").write_text("")
     refused("empty.jsonl: holds no examples", "empty.jsonl")
-    refused("none.jsonl: cannot be read", "none.jsonl")
+    refused("none.jsonl: no such file for the target", "none.jsonl")
     refused("every row of the target is also in heldout", "other.jsonl", heldout="other.jsonl")
     refused("every row of the pool is also in target or heldout", "pool.jsonl", heldout="score.jsonl")
     for name in ("../up", "a/b", ".hidden", "", "true", "5", "null", "x" * 65):

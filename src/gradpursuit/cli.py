@@ -86,7 +86,7 @@ def quickstart(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from gradpursuit.quickstart.job import fetch_inputs, quickstart_config
 
     quiet_libraries()
-    config = quickstart_config(Path(arguments.run_dir), overrides)
+    config = quickstart_config(arguments.run_dir, overrides)
     _execute(arguments, config, "report", inputs=lambda: fetch_inputs(Path(str(config.run_dir))))
 
 

@@ -90,13 +90,29 @@ def read_config(path: Path, overrides: list[str], run_dir: str | None = None) ->
     located_files = {name: None if sources is None else list(map(located, sources)) for name, sources in files.items()}
     return config.model_copy(
         update={
-            "run_dir": _run_dir(config.run_dir or f"runs/{path.stem}"),
+            "run_dir": str(run_place(config.run_dir or f"runs/{path.stem}")),
             "data": data.model_copy(update={**located_files, "chat_template": _template(data.chat_template)}),
             "gradients": config.gradients.model_copy(update={"store": located_place(config.gradients.store)}),
             "warmup": config.warmup.model_copy(update={"trajectory": list(map(_absolute, config.warmup.trajectory))}),
             "model": config.model.model_copy(update={"path": str(model)}) if model.exists() else config.model,
         }
     )
+
+
+def run_place(text: str) -> Path:
+    """The absolute path of a run folder.
+
+    Raises:
+        ConfigError: it is a URL, the root of the file system, or leads nowhere.
+    """
+    if is_url(text):
+        raise ConfigError(
+            f"run_dir '{text}': a run folder lies on a disk; only gradients.store may be a URL. Name a folder"
+        )
+    path = absolute(text)
+    if not path.name:
+        raise ConfigError(f"run_dir '{text}': the root of a file system is no run folder; name a folder in it")
+    return path
 
 
 def _settle(folder: Path) -> None:
@@ -120,17 +136,6 @@ def _refuse_changed(path: Path) -> None:
 
 def _absolute(path: str) -> str:
     return str(absolute(path))
-
-
-def _run_dir(text: str) -> str:
-    if is_url(text):
-        raise ConfigError(
-            f"run_dir '{text}': a run folder lies on a disk; only gradients.store may be a URL. Name a folder"
-        )
-    path = absolute(text)
-    if not path.name:
-        raise ConfigError(f"run_dir '{text}': the root of a file system is no run folder; name a folder in it")
-    return str(path)
 
 
 def _template(value: str | None) -> str | None:

@@ -260,17 +260,26 @@ def content_hashes(
     What is `known` is taken if it is gone, or is what its stamp says.
 
     Raises:
-        DataError: a glob matches nothing, and no known file either.
+        DataError: a file is not there, or a glob matches nothing, and no known file either.
         RunError: a file cannot be read, and what was in it is not known.
     """
-    stamps, found = stamps or {}, {}
-    for name, sources in splits.items():
-        before = known.get(name, {})
-        found[name] = {
+    stamps = stamps or {}
+    made = {name: list(paths(sources, known.get(name, {}))) for name, sources in splits.items()}
+    for name, found in made.items():  # all of them before any is read: files may be large
+        for path in found:
+            if path not in known.get(name, {}) and not is_hub_id(path) and not _is_there(Path(path), path):
+                raise DataError(
+                    f"{path}: no such file for the {name}; correct the path: a relative one goes from the folder that "
+                    "the command runs in"
+                )
+    return {
+        name: {
             path: before[path] if path in before and stamp(path) in ([], stamps.get(path)) else _content_hash(path)
-            for path in paths(sources, before)
+            for path in found
         }
-    return found
+        for name, found in made.items()
+        for before in [known.get(name, {})]
+    }
 
 
 def paths(sources: Sequence[SourceSection], known: Iterable[str]) -> Iterator[str]:

@@ -145,7 +145,7 @@ def prepare(config: DataSection, renderer: Renderer, folder: Path, holdout: floa
     Raises:
         DataError: a source is unusable, or too little is left of a split.
     """
-    _require_sources(config, "pool", "target", "heldout")
+    _require_sources(config, "pool", "target")
     with write_folder(folder) as part, Dropped.opened(part / "dropped.jsonl") as dropped:
         cleaner = Cleaner(config, renderer, dropped)
         target = _targets(cleaner, part, holdout, seed)
@@ -315,12 +315,6 @@ def _require_sources(config: DataSection, *names: str) -> None:
     for name in names:
         if getattr(config, name) == []:
             raise DataError(f"data.{name} names no file")
-        for made in expand(getattr(config, name) or []):
-            if made.kind != "hub" and not Path(made.path).exists():
-                raise DataError(
-                    f"data.{name}: {made.path}: no such file; correct the path: a relative one goes from the folder "
-                    "that the command runs in"
-                )
 
 
 def _targets(cleaner: Cleaner, folder: Path, holdout: float, seed: int) -> dict[str, list[Clean]]:

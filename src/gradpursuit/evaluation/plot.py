@@ -22,7 +22,7 @@ def plot_gains(path: Path, findings: Findings) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no plot of the gains: matplotlib is not installed; pip install 'gradpursuit[eval]'")
+        logger.info("no plot of the gains: matplotlib is not installed; pip install 'gradpursuit[eval]'")
         return False
     figure = Figure(figsize=(6.4 * len(protocols), 4.8), layout="constrained")
     drawn: dict[str, Any] = {}

@@ -8,13 +8,14 @@ from pathlib import Path
 import yaml
 
 from gradpursuit.config import RunConfig, build_config
+from gradpursuit.opening import run_place
 from gradpursuit.pipeline import Run, check
 from gradpursuit.quickstart.assets import MODEL, cache_folder, smollm2
 from gradpursuit.quickstart.build import build
 from gradpursuit.tree import apply_overrides
 
 
-def quickstart_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def quickstart_config(run_dir: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Configure the run; nothing is fetched or written yet.
 
     Raises:
@@ -22,11 +23,11 @@ def quickstart_config(run_dir: Path, overrides: Sequence[str] = ()) -> RunConfig
     """
     tree = yaml.safe_load(SETTINGS)
     apply_overrides(tree, overrides)
-    run_dir = run_dir.resolve()
-    tree["run_dir"] = str(run_dir)
+    folder = run_place(run_dir)
+    tree["run_dir"] = str(folder)
     tree["model"].setdefault("path", str(cache_folder() / MODEL))
     for name in ("pool", "target", "heldout"):
-        tree["data"].setdefault(name, [str(run_dir / "input" / f"{name}.jsonl")])
+        tree["data"].setdefault(name, [str(folder / "input" / f"{name}.jsonl")])
     config = build_config(tree, "quickstart", overrides)  # refuses what is wrong before anything is fetched
     check(Run(config))
     return config
