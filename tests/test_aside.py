@@ -16,7 +16,7 @@ from gradpursuit.aside import before, recover, replacing, settled, unfinished
 from gradpursuit.errors import RunError
 from gradpursuit.files import write_folder, write_json, write_text
 from gradpursuit.lock import RunLock
-from gradpursuit.store.owner import claim
+from gradpursuit.owner import claim
 
 # One replacement of everything that can be replaced, which kills itself before its n-th rename, deletion or sync.
 SCRIPT = """

@@ -30,7 +30,7 @@ ORDER = {
         (
             ("errors", "progress", "durable", "shown", "__init__"),
             ("tree", "remote"),
-            ("config", "files", "aside", "marker"),
+            ("config", "files", "aside", "marker", "owner"),
             ("identity", "lock", "plugins", "hub", "sources", "sealed"),
             ("live",),
             ("manifest",),

@@ -269,7 +269,7 @@ def _is_ours(root: Path, name: str) -> bool:
 
     A run folder may come from a stranger, and what it names is deleted.
     """
-    from gradpursuit.store.owner import is_owner
+    from gradpursuit.owner import is_owner
 
     parts, above = Path(name).parts, (root / name).parent
     if ".." in parts or not parts or "\0" in name:

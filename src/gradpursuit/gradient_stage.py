@@ -191,7 +191,7 @@ def claim_store(run: Run) -> None:
     Raises:
         StoreError: another run does, or something else lies there.
     """
-    from gradpursuit.store.owner import claim
+    from gradpursuit.owner import claim
 
     if run.config.gradients.store:
         claim(gradient_folder(run), run.folder)

@@ -12,7 +12,7 @@ import pytest
 from gradpursuit.cli import main
 from gradpursuit.errors import GradPursuitError, RunError, StoreError
 from gradpursuit.marker import run_id
-from gradpursuit.store.owner import claim
+from gradpursuit.owner import claim
 from jobs import Job
 
 
