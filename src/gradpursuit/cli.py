@@ -282,7 +282,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gradpursuit", description="Pick the training examples that a target needs, jointly, by their gradients."
     )
@@ -334,6 +334,11 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     verb.set_defaults(verb=verify)
     _add_target_verbs(verbs.add_parser("target", help="add a target to a finished run, or list those it has"))
     _add_output_flags(verbs)
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    parser = _parser()
     try:
         words, overrides = _split(argv)
     except ConfigError as error:
