@@ -7,6 +7,7 @@ fits into any memory. Rows that are read in order are read once.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -165,16 +166,18 @@ class TableWriter:
         self._rows.clear()
 
 
-class _Groups:
+class _Groups(ABC):
     """Where the rows of a table are."""
 
     rows: int
 
+    @abstractmethod
     def row(self, place: int) -> Row:
-        raise NotImplementedError
+        """The row at a place."""
 
+    @abstractmethod
     def column(self, name: str) -> list[Any]:
-        raise NotImplementedError
+        """One field of all rows."""
 
 
 class _InMemory(_Groups):
