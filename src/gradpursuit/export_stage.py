@@ -15,7 +15,6 @@ from gradpursuit.aside import settled
 from gradpursuit.errors import ConfigError, RunError, SelectionError, nearest
 from gradpursuit.files import read_json
 from gradpursuit.manifest import digest_of
-from gradpursuit.remote import is_url
 from gradpursuit.sealed import digest_now, read_sealed, write_sealed
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def export_budget(
     for name in strategies:
         if name not in configured:
             raise ConfigError(f"strategy '{name}' is not among those that chose; {nearest(name, configured)}")
-    if folder is not None and (is_url(str(folder)) or re.match(r"[A-Za-z][\w+.-]+:/", str(folder))):
+    if folder is not None and re.match(r"[A-Za-z][\w+.-]+:/", str(folder)):  # of a URL, a path keeps one slash
         raise ConfigError(f"--out {folder}: an export lies on a disk; name a folder, and copy it from there")
     elsewhere = folder is not None
     folder = folder or run.folder / "exports" / _name(run, request)
