@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import unicodedata
 
 import pytest
+import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -235,6 +237,13 @@ def test_runs_weigh_as_much_as_eight_words_in_any_script() -> None:
 def test_the_short_way_of_ascii_finds_the_same(text: str) -> None:
     if any(map(str.isalnum, text)):
         assert words(text) == _words(fold(text))
+
+
+def test_digits_that_are_newer_than_python_stay() -> None:
+    every = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    for digit in regex.findall(r"\p{Nd}", "".join(every)):
+        value = unicodedata.digit(digit, None)
+        assert words(f"a{digit}") == [f"a{digit if value is None else value}"]
 
 
 @settings(max_examples=300, deadline=None)

@@ -124,7 +124,8 @@ def fold(text: str) -> str:
     text = _RAISED.sub(lambda found: f"^{found.group()}", text)  # x² is no x2
     text = unicodedata.normalize("NFKC", text).casefold().replace("i\u0307", "i")
     text = unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).translate(_DASHES)
-    text = _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found.group())), text)
+    # Python may know fewer digits than `regex`, whose Unicode is newer: those stay as they are.
+    text = _OTHER_DIGIT.sub(lambda found: str(unicodedata.digit(found.group(), found.group())), text)
     return _THAI_AM.sub("\\1\u0e4d", _OPTIONAL.sub("", text))
 
 
